@@ -1,0 +1,122 @@
+"""Run folders and atomic files: what is on disk is whole or is not there."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qdetr_cli.errors import RunError
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` that takes its place if the block succeeds, and is removed if it fails.
+
+    A folder that stood at `path` is replaced; until the very end it stays as it was.
+    """
+    parent = _writable_parent(path)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    try:
+        yield draft
+        _replace(draft, path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=_writable_parent(path))
+    draft = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(0o644)
+        draft.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write strict JSON (no NaN) atomically."""
+    atomic_write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def check_new(path: Path) -> None:
+    """Raise RunError unless `path` can become a new folder; nothing is created.
+
+    One that already holds something is refused, so that no run overwrites another.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path}: already holds something; choose another --out or remove it")
+    existing = next(each for each in (path, *path.resolve().parents) if each.exists())
+    if not existing.is_dir():
+        raise RunError(f"{existing}: is a file, so {path} cannot be created; choose another --out")
+    if not os.access(existing, os.W_OK):
+        raise RunError(f"{existing}: is not writable; choose another folder")
+
+
+def new_folder(path: Path) -> Path:
+    """`path`, created. One that already holds something is refused, as `check_new` does."""
+    check_new(path)
+    _writable_parent(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Journal:
+    """`metrics.jsonl`: one JSON object a line; `rewind` drops what a resumed run will write again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one line; values must be JSON without NaN."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All complete lines; a torn last line (the process was killed while writing) is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines if line]
+
+    def rewind(self, step: int) -> None:
+        """Keep only what was written up to and including `step`."""
+        kept = [entry for entry in self.entries() if int(entry["step"]) <= step]
+        atomic_write(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _writable_parent(path: Path) -> Path:
+    parent = path.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{parent}: cannot be created ({error.strerror}); choose another folder") from error
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"{parent}: is not writable; choose another folder")
+    return parent
+
+
+def _replace(draft: Path, path: Path) -> None:
+    draft.chmod(0o755)
+    if not path.exists():
+        draft.rename(path)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.resolve().parent))
+    path.rename(retired / path.name)
+    draft.rename(path)
+    shutil.rmtree(retired, ignore_errors=True)
