@@ -1,0 +1,136 @@
+"""Linear and Conv2d that quantize weight and input, sharing the parameters of the layer they replace."""
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdetr_cli.errors import RecipeError
+from qdetr_cli.quantizers import FakeQuantizer, make_quantizer
+from qdetr_cli.recipe import QuantFormat
+
+
+class QuantLinear(nn.Linear):
+    """nn.Linear on quantized weight (D_out, D_in) and input (.., D_in)."""
+
+    weight_quantizer: FakeQuantizer | None
+    input_quantizer: FakeQuantizer | None
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Linear, *, weight: QuantFormat | None, input: QuantFormat | None
+    ) -> "QuantLinear":
+        """Return the quantized layer of a float one: the same Parameters, not copies. None leaves a slot
+        float.
+
+        Raises RecipeError for a format that an integer kernel cannot use, and for a layer that computes
+        something else than nn.Linear.
+        """
+        return _adopt(cls, nn.Linear, module, weight, input)
+
+    def calibrate_weight(self) -> None:
+        """Set the weight's steps from the weight itself."""
+        _calibrate(self.weight_quantizer, self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (.., D_out)."""
+        return F.linear(_quantized(self.input_quantizer, input), _weight(self), self.bias)
+
+
+class QuantConv2d(nn.Conv2d):
+    """nn.Conv2d on quantized weight (D_out, D_in / groups, h, w) and input (B, D_in, H, W).
+
+    Padding comes after quantization: zeros are exact, since 0 lies on a deployable grid.
+    """
+
+    weight_quantizer: FakeQuantizer | None
+    input_quantizer: FakeQuantizer | None
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Conv2d, *, weight: QuantFormat | None, input: QuantFormat | None
+    ) -> "QuantConv2d":
+        """Return the quantized layer of a float one: the same Parameters, not copies. None leaves a slot
+        float.
+
+        Raises RecipeError for a format that an integer kernel cannot use, and for a layer that computes
+        something else than nn.Conv2d.
+        """
+        return _adopt(cls, nn.Conv2d, module, weight, input)
+
+    def calibrate_weight(self) -> None:
+        """Set the weight's steps from the weight itself."""
+        _calibrate(self.weight_quantizer, self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (B, D_out, H', W')."""
+        x = _quantized(self.input_quantizer, input)
+        y: Tensor = self._conv_forward(x, _weight(self), self.bias)
+        return y
+
+
+Layer = TypeVar("Layer", QuantLinear, QuantConv2d)
+
+
+def _quantized(quantizer: FakeQuantizer | None, x: Tensor) -> Tensor:
+    if quantizer is None:
+        return x
+    y: Tensor = quantizer(x)
+    return y
+
+
+def _weight(layer: QuantLinear | QuantConv2d) -> Tensor:
+    return _quantized(layer.weight_quantizer, layer.weight)
+
+
+def _adopt(
+    cls: type[Layer],
+    base: type[nn.Module],
+    module: nn.Module,
+    weight: QuantFormat | None,
+    input: QuantFormat | None,
+) -> Layer:
+    """Return a `cls` with the attributes, parameters and hooks of `module`, and its two quantizers."""
+    _check_same_arithmetic(base, module)
+    layer = cls.__new__(cls)
+    for name, value in vars(module).items():
+        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    layer.weight_quantizer = None if weight is None else _weight_quantizer(weight, layer.weight)
+    layer.input_quantizer = None if input is None else _input_quantizer(input, layer.weight)
+    return layer.train(module.training)
+
+
+def _check_same_arithmetic(base: type[nn.Module], module: nn.Module) -> None:
+    """Refuse a subclass with a forward of its own (weight standardisation): it would be lost in silence."""
+    for name in ("forward", "_conv_forward"):
+        if getattr(type(module), name, None) is not getattr(base, name, None):
+            raise RecipeError(
+                f"{type(module).__name__} computes something else than {base.__name__}, so it stays float; "
+                "keep it in float with a rule such as {path: [its.module.path], keep: float}"
+            )
+
+
+def _weight_quantizer(format: QuantFormat, weight: Tensor) -> FakeQuantizer:
+    if not format.symmetric or format.unsigned:
+        raise RecipeError("weight: an integer kernel needs symmetric: true, unsigned: false")
+    if format.per == "channel":
+        return make_quantizer(format, axis=0, channels=weight.shape[0], batched=False).to(weight.device)
+    _check_per_tensor(format, "weight", "tensor, channel")
+    return make_quantizer(format, axis=None, channels=1, batched=False).to(weight.device)
+
+
+def _input_quantizer(format: QuantFormat, weight: Tensor) -> FakeQuantizer:
+    _check_per_tensor(format, "input", "tensor")
+    return make_quantizer(format, axis=None, channels=1).to(weight.device)
+
+
+def _check_per_tensor(format: QuantFormat, slot: str, valid: str) -> None:
+    if format.per != "tensor":
+        raise RecipeError(f"{slot}: per: {format.per} cannot be deployed here; valid: {valid}")
+
+
+def _calibrate(quantizer: FakeQuantizer | None, weight: Tensor) -> None:
+    if quantizer is not None:
+        quantizer.start_observing()
+        quantizer.observe(weight)
+        quantizer.finish_observing()
