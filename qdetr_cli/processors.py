@@ -1,0 +1,139 @@
+"""How a detector wants its pixels, as a plain value that is read from and written to Hugging Face keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdetr_cli.errors import CheckpointError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
+    """Resize, scale, normalise and pad. With neither `size` nor `shortest` images keep their size."""
+
+    shortest: int | None = None  # DETR: the shorter side after resizing ...
+    longest: int | None = None  # ... unless the longer side would pass this
+    size: tuple[int, int] | None = None  # RT-DETR: (H, W) that every image is squashed to
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    rescale: bool = True  # bytes to 0..1
+    pad: bool = False  # to the largest image of the batch
+    pad_to: int | None = None  # side of the square that every image is padded to
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], fallback: "Processor | None" = None) -> "Processor":
+        """The processor that `preprocessor_config.json` describes; keys that it lacks come from `fallback`.
+
+        Reads transformers 5 keys and the older ones (`size` an int, `max_size`, `pad_and_return_pixel_mask`).
+        Raises CheckpointError for what qdetr does not do, such as cropping or bicubic resizing.
+        """
+        default = fallback or cls()
+        _refuse_unsupported(config)
+        shortest, longest, size = _resize(config, default)
+        mean, std = _normalise(config, default)
+        pad = config.get("do_pad", config.get("pad_and_return_pixel_mask"))
+        return cls(
+            shortest=shortest,
+            longest=longest,
+            size=size,
+            mean=mean,
+            std=std,
+            rescale=bool(config.get("do_rescale", default.rescale)),
+            pad=default.pad if pad is None else bool(pad),
+            pad_to=_pad_to(config.get("pad_size"), default),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The keys of a `preprocessor_config.json`, complete, so that `from_config` gives `self` back."""
+        config: dict[str, Any] = {
+            "do_resize": self.size is not None or self.shortest is not None,
+            "do_rescale": self.rescale,
+            "rescale_factor": 1 / 255,
+            "do_normalize": any(self.mean) or any(value != 1 for value in self.std),
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_pad": self.pad,
+            "pad_size": None if self.pad_to is None else {"height": self.pad_to, "width": self.pad_to},
+            "resample": 2,
+        }
+        if self.size is not None:
+            config["size"] = {"height": self.size[0], "width": self.size[1]}
+        elif self.shortest is not None:
+            config["size"] = {"shortest_edge": self.shortest, "longest_edge": self.longest}
+        return config
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of an image of `height` x `width` pixels after resizing, rounded as transformers does.
+
+        DETR's rule (`get_size_with_aspect_ratio`): the shorter side becomes `shortest`, less where the longer
+        side would pass `longest`; the other side is cut to whole pixels from the unrounded ratio.
+        """
+        if self.size is not None:
+            return self.size
+        if self.shortest is None:
+            return height, width
+        low, high = min(height, width), max(height, width)
+        side = float(self.shortest)
+        if self.longest is not None and high / low * self.shortest > self.longest:
+            side = self.longest * low / high
+        short = round(side)
+        if low == short:
+            return height, width
+        return (int(side * height / width), short) if width < height else (short, int(side * width / height))
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError that lists every setting whose effect qdetr would lose."""
+    faults = []
+    if config.get("do_center_crop"):
+        faults.append("do_center_crop")
+    if config.get("do_resize", True) and config.get("resample", 2) not in (2, None):
+        faults.append(f"resample {config['resample']} (only 2, bilinear)")
+    factor = config.get("rescale_factor")
+    if config.get("do_rescale", True) and factor is not None and abs(float(factor) * 255 - 1) > 1e-6:
+        faults.append(f"rescale_factor {factor} (only 1/255)")
+    if faults:
+        raise CheckpointError(f"preprocessor_config.json: qdetr does not do {', '.join(faults)}")
+
+
+Resize = tuple[int | None, int | None, tuple[int, int] | None]
+
+
+def _resize(config: Mapping[str, Any], default: Processor) -> Resize:
+    if not config.get("do_resize", True):
+        return None, None, None
+    size = config.get("size")
+    if size is None:
+        return default.shortest, default.longest, default.size
+    if isinstance(size, int):  # transformers < 4.26
+        size = {"height": size, "width": size} if default.size else {"shortest_edge": size}
+    elif isinstance(size, (list, tuple)):
+        size = {"height": size[0], "width": size[1]}
+    if size.get("height") and size.get("width"):
+        return None, None, (int(size["height"]), int(size["width"]))
+    if size.get("shortest_edge"):
+        longest = size.get("longest_edge") or config.get("max_size") or default.longest
+        return int(size["shortest_edge"]), None if longest is None else int(longest), None
+    raise CheckpointError(
+        f"preprocessor_config.json: size {dict(size)} has neither height and width nor shortest_edge"
+    )
+
+
+def _normalise(config: Mapping[str, Any], default: Processor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not config.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    switched_on = "do_normalize" in config and default.mean == (0.0, 0.0, 0.0)
+    mean = IMAGENET_MEAN if switched_on else default.mean
+    std = IMAGENET_STD if switched_on else default.std
+    return tuple(config.get("image_mean") or mean), tuple(config.get("image_std") or std)
+
+
+def _pad_to(size: Mapping[str, int] | None, default: Processor) -> int | None:
+    if not size:
+        return default.pad_to
+    if size["height"] != size["width"]:
+        raise CheckpointError(f"preprocessor_config.json: pad_size {dict(size)} is not square")
+    return int(size["height"])

@@ -1,0 +1,108 @@
+"""Configs of detectors small enough for tests, one for each family and backbone library."""
+
+from typing import Any
+
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 16, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage4"],
+}
+PYRAMID = {"out_features": ["stage2", "stage3", "stage4"]}
+HGNET = {
+    "model_type": "hgnet_v2",
+    "stem_channels": [3, 4, 8],
+    "stage_in_channels": [8, 8, 16, 16],
+    "stage_mid_channels": [4, 4, 8, 8],
+    "stage_out_channels": [8, 16, 16, 32],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_downsample": [False, True, True, True],
+    "stage_light_block": [False, False, True, True],
+    "stage_kernel_size": [3, 3, 5, 5],
+    "stage_numb_of_layers": [1, 1, 2, 2],
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 16, 32],
+    "depths": [1, 1, 1, 1],
+    "use_learnable_affine_block": True,
+    "out_indices": [2, 3, 4],
+}
+TIMM = {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
+CLASSES = {"id2label": {0: "zebra", 1: "yak", 2: "fox"}, "label2id": {"zebra": 0, "yak": 1, "fox": 2}}
+DENSE = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 7,
+    "d_model": 16,
+    "backbone_config": RESNET,
+    **CLASSES,
+}
+REAL_TIME = {
+    "encoder_hidden_dim": 16,
+    "encoder_in_channels": [16, 16, 32],
+    "encoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "d_model": 16,
+    "num_queries": 7,
+    "decoder_in_channels": [16, 16, 16],
+    "decoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "num_denoising": 4,
+    **CLASSES,
+}
+RT_DETR_RESNET = {**RESNET, **PYRAMID, "model_type": "rt_detr_resnet"}
+DEFORMABLE = {
+    **DENSE,
+    "model_type": "deformable_detr",
+    "d_model": 32,
+    "backbone_config": {**RESNET, **PYRAMID},
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "detr": {**DENSE, "model_type": "detr"},
+    "detr, timm": {**DENSE, "model_type": "detr", "backbone_config": TIMM},
+    "conditional_detr": {**DENSE, "model_type": "conditional_detr"},
+    "conditional_detr, timm": {**DENSE, "model_type": "conditional_detr", "backbone_config": TIMM},
+    "rt_detr": {**REAL_TIME, "model_type": "rt_detr", "backbone_config": RT_DETR_RESNET},
+    "rt_detr, timm": {
+        **REAL_TIME,
+        "model_type": "rt_detr",
+        "backbone_config": {**TIMM, "out_indices": [2, 3, 4]},
+        "encoder_in_channels": [48, 192, 96],
+    },
+    "d_fine": {
+        **REAL_TIME,
+        "model_type": "d_fine",
+        "backbone_config": HGNET,
+        "hidden_expansion": 0.5,
+        "depth_mult": 0.34,
+    },
+    "deimv2": {
+        **REAL_TIME,
+        "model_type": "deimv2",
+        "backbone_config": HGNET,
+        "hidden_expansion": 0.5,
+        "depth_mult": 0.34,
+    },
+    "rt_detr_v2": {**REAL_TIME, "model_type": "rt_detr_v2", "backbone_config": RT_DETR_RESNET},
+    "table-transformer": {**DENSE, "model_type": "table-transformer"},
+    "dab-detr": {**DENSE, "model_type": "dab-detr", "hidden_size": 16},
+    "deformable_detr": DEFORMABLE,
+    "deformable_detr, two-stage": {
+        **DEFORMABLE,
+        "two_stage": True,
+        "with_box_refine": True,
+        "two_stage_num_proposals": 7,
+    },
+}
+
+
+def tiny_config(name: str) -> dict[str, Any]:
+    """A config.json's content. `CONFIGS` lists the names: a family, some with the backbone or variant."""
+    return dict(CONFIGS[name])
