@@ -1,0 +1,102 @@
+"""From float to fake-quant model, in place: batch norms folded, layers swapped, attention rewritten.
+
+Names do not change: a quantizer is `<module path>.<slot>_quantizer`, all others are the float model's, less
+the folded batch norms, plus the biases that they left. Equal plans on equal structures give equal names.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from qdetr_cli.attention import QuantAttention, QuantDeformable, subclass
+from qdetr_cli.capture import Graphs, capture_all, compiled, with_quantizers
+from qdetr_cli.families import Family
+from qdetr_cli.fold import fold_batch_norms
+from qdetr_cli.layers import QuantConv2d, QuantLinear
+from qdetr_cli.plan import ModulePlan, Plan
+from qdetr_cli.quantizers import FakeQuantizer, make_quantizer
+from qdetr_cli.recipe import OP_SLOTS, QuantFormat
+from qdetr_cli.trace import AttentionFacts, GraphFacts
+
+
+def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts, family: Family) -> None:
+    """Turn the float model into the fake-quant model of `plan`, in place; nothing is calibrated yet.
+
+    `facts` are those of the float model. With every quantizer switched off, outputs are the float model's.
+    """
+    fold_batch_norms(model, facts.batch_norms)
+    chosen = [module for module in plan.modules if _formats(module)]
+    graphs = capture_all(model, [module.path for module in chosen if module.op == "attention"])
+    attentions = {attention.path: attention for attention in facts.attentions}
+    for module in chosen:
+        if module.op in ("linear", "conv"):
+            _swap_layer(model, module)
+        else:
+            _quantize_attention(model, module, attentions[module.path], graphs.get(module.path, {}))
+    for path, quantizer in quantizers(model).items():
+        quantizer.path = path
+
+
+def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Every quantizer of the model by its path; one that is shared appears once."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FakeQuantizer)}
+
+
+def groups(model: nn.Module, plan: Plan) -> dict[str, list[FakeQuantizer]]:
+    """The quantizers of each module of the plan, by module path; none for a module that stays float."""
+    owned: dict[str, list[FakeQuantizer]] = {module.path: [] for module in plan.modules}
+    for path, quantizer in quantizers(model).items():
+        owned[_owner(path)].append(quantizer)
+    return owned
+
+
+def set_enabled(model: nn.Module, paths: Iterable[str] | None, enabled: bool) -> None:
+    """Switch the quantizers of these modules (of all modules: None) on or off."""
+    wanted = None if paths is None else set(paths)
+    for path, quantizer in quantizers(model).items():
+        if wanted is None or _owner(path) in wanted:
+            quantizer.enabled = enabled
+
+
+def _owner(path: str) -> str:
+    """The module path of a quantizer's path."""
+    return path.rpartition(".")[0]
+
+
+def _formats(module: ModulePlan) -> dict[str, QuantFormat]:
+    """The formats of the slots that are quantized."""
+    return {each.slot: each.format for each in module.slots if each.format is not None}
+
+
+def _swap_layer(model: nn.Module, module: ModulePlan) -> None:
+    """Put the quantized layer in the place of the float one, under each of its names."""
+    layer, formats = model.get_submodule(module.path), _formats(module)
+    kind: Any = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    quantized = kind.from_float(layer, weight=formats.get("weight"), input=formats.get("input"))
+    for path in (module.path, *module.aliases):
+        model.set_submodule(path, quantized)
+
+
+def _quantize_attention(model: nn.Module, module: ModulePlan, facts: AttentionFacts, graphs: Graphs) -> None:
+    """Give the attention module its quantizers, and the forward that uses them."""
+    attention, formats = model.get_submodule(module.path), _formats(module)
+    device = next(attention.parameters()).device
+    for slot in OP_SLOTS[module.op]:
+        axis = 2 if (module.op, slot) == ("deformable", "probs") else 1  # (B, Q, N, points), else (B, N, ..)
+        quantizer = slot in formats and _quantizer(formats[slot], axis, facts.heads).to(device)
+        setattr(attention, f"{slot}_quantizer", quantizer or None)
+    captured = {
+        signature: compiled(with_quantizers(graph, formats, facts.heads), attention)
+        for signature, graph in graphs.items()
+    }
+    mixin = QuantAttention if module.op == "attention" else QuantDeformable
+    attention.__class__ = subclass(mixin, attention.__class__)
+    vars(attention).update(path=module.path, heads=facts.heads, captured=captured)
+
+
+def _quantizer(format: QuantFormat, axis: int, heads: int) -> FakeQuantizer:
+    """A quantizer of activations, with one step per head or one in all."""
+    if format.per == "head":
+        return make_quantizer(format, axis=axis, channels=heads)
+    return make_quantizer(format, axis=None, channels=1)

@@ -1,0 +1,258 @@
+"""Graph facts: what a detector consists of and computes, read from one torch.export of the whole model.
+
+Nothing is run: torch.export follows the forward pass on shapes alone, and names the module of each node.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from qdetr_cli.errors import RunError
+from qdetr_cli.families import Family, role_of
+
+Shape = tuple[int, ...]
+
+aten = torch.ops.aten
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+SOFTMAX = aten.softmax.int
+_LAYER_CALLS = (aten.linear.default, aten.conv2d.default, aten.conv2d.padding)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """One Linear or Conv2d that the model owns; a shared one appears once, under its first name."""
+
+    path: str
+    aliases: tuple[str, ...]  # its other names, () for most
+    op: Literal["linear", "conv"]
+    role: str
+    calls: int  # in one forward pass
+    macs: int  # per image, all calls together
+    weights: int  # elements of the weight, bias apart
+    input_shape: Shape  # of the first call, for one image; () when it is never called
+    output_shape: Shape
+    weight_shape: Shape
+    weight_bypassed: bool  # another module reads the weight without calling this one: not to be quantized
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionFacts:
+    """One attention module: dense (softmax between two products) or deformable (sampled values)."""
+
+    path: str
+    aliases: tuple[str, ...]
+    op: Literal["attention", "deformable"]
+    role: str
+    heads: int
+    head_dim: int  # of q and k; of v where deformable
+    macs: int  # per image: of both products; of the weighted sum alone where deformable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphFacts:
+    """What one forward pass on one image of a fixed size shows."""
+
+    family: str
+    size: tuple[int, int]  # H, W
+    layers: tuple[LayerFacts, ...]
+    attentions: tuple[AttentionFacts, ...]
+    batch_norms: tuple[tuple[str, str], ...]  # (convolution path, batch-norm path) pairs that fold
+    uncalled: tuple[str, ...]  # layers that the forward pass in eval mode does not call
+    notes: tuple[str, ...] = ()  # what the user should hear
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives the same facts back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "GraphFacts":
+        """The facts that `to_dict` wrote, also after a trip through JSON (lists for tuples)."""
+        layers = tuple(LayerFacts(**_tuples(each)) for each in data["layers"])
+        attentions = tuple(AttentionFacts(**_tuples(each)) for each in data["attentions"])
+        return cls(**{**_tuples(data), "layers": layers, "attentions": attentions})
+
+
+@torch.no_grad()
+def trace(model: nn.Module, family: Family, size: tuple[int, int]) -> GraphFacts:
+    """The facts of a forward pass in eval mode on one image of `size` (H, W); the model is left as it was.
+
+    Raises RunError where the model cannot take such an image.
+    """
+    graph = _Calls(_export(model, size), model)
+    layers = tuple(_layer_facts(path, graph, family) for path in graph.paths_of(nn.Linear, nn.Conv2d))
+    attentions = tuple(_attention_facts(graph, family))
+    return GraphFacts(
+        family=family.name,
+        size=size,
+        layers=layers,
+        attentions=attentions,
+        batch_norms=tuple(_batch_norm_pairs(graph, family)),
+        uncalled=tuple(layer.path for layer in layers if not layer.calls),
+        notes=tuple(_unknown_attention(graph, attentions)),
+    )
+
+
+def _export(model: nn.Module, size: tuple[int, int]) -> ExportedProgram:
+    training = [module for module in model.modules() if module.training]
+    pixels = next(model.parameters()).new_zeros(1, 3, *size)
+    model.eval()
+    try:
+        return torch.export.export(model, (), {"pixel_values": pixels}, strict=False)
+    except Exception as error:
+        raise RunError(
+            f"torch.export cannot follow the model at {size[0]}x{size[1]} pixels: {error}; try another --size"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Calls:
+    """The nodes of an exported graph by the module that made them; a shared module goes by its first name."""
+
+    def __init__(self, program: ExportedProgram, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.aliases = _aliases(model)
+        self.first = {alias: path for path, aliases in self.aliases.items() for alias in aliases}
+        self.nodes: dict[str, list[fx.Node]] = defaultdict(list)
+        self.readers: dict[int, set[str]] = defaultdict(set)  # id of a parameter -> paths that read it
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        targets = program.graph_signature.inputs_to_parameters  # placeholder name -> parameter name
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                self.nodes[self.owner(node)].append(node)
+            elif node.name in targets:
+                self.readers[id(parameters[targets[node.name]])] |= {self.owner(user) for user in node.users}
+
+    def owner(self, node: fx.Node) -> str:
+        """The first path of the innermost module that made the node, "" for the model itself."""
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        path = str(stack[-1][0]) if stack else ""
+        return self.first.get(path, path)
+
+    def paths_of(self, *kinds: type[nn.Module]) -> list[str]:
+        """The paths of the modules of these kinds."""
+        return [path for path, module in self.modules.items() if isinstance(module, kinds)]
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """The paths of the modules whose class has one of these names."""
+        return [path for path, module in self.modules.items() if type(module).__name__ in names]
+
+    def within(self, path: str, *targets: Any) -> list[fx.Node]:
+        """The nodes with one of these targets that the module at `path` or a child of it made."""
+        owners = [owner for owner in self.nodes if owner == path or owner.startswith(path + ".")]
+        return [node for owner in owners for node in self.nodes[owner] if node.target in targets]
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First path -> the other paths, for each module."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(path)
+    return {first: tuple(others) for first, *others in names.values()}
+
+
+def _layer_facts(path: str, graph: _Calls, family: Family) -> LayerFacts:
+    module, calls = graph.modules[path], graph.within(path, *_LAYER_CALLS)
+    weight: torch.Tensor = module.get_parameter("weight")
+    readers = graph.readers[id(weight)] - {path}
+    return LayerFacts(
+        path=path,
+        aliases=graph.aliases[path],
+        op="conv" if isinstance(module, nn.Conv2d) else "linear",
+        role=role_of(family, path),
+        calls=len(calls),
+        macs=sum(prod(_shape(call)) * weight[0].numel() for call in calls),
+        weights=weight.numel(),
+        input_shape=_shape(calls[0].args[0]) if calls else (),
+        output_shape=_shape(calls[0]) if calls else (),
+        weight_shape=tuple(weight.shape),
+        weight_bypassed=bool(readers),
+    )
+
+
+def _attention_facts(graph: _Calls, family: Family) -> Iterator[AttentionFacts]:
+    for path in graph.named((*family.attention, *family.deformable)):
+        softmaxes = graph.within(path, SOFTMAX)
+        if not softmaxes:  # not called in eval mode
+            continue
+        deformable = type(graph.modules[path]).__name__ in family.deformable
+        measure = _deformable_shape if deformable else _dense_shape
+        heads, head_dim, macs = measure(path, graph, _shape(softmaxes[0]))
+        yield AttentionFacts(
+            path=path,
+            aliases=graph.aliases[path],
+            op="deformable" if deformable else "attention",
+            role=role_of(family, path),
+            heads=heads,
+            head_dim=head_dim,
+            macs=macs,
+        )
+
+
+def _dense_shape(path: str, graph: _Calls, probs: Shape) -> tuple[int, int, int]:
+    """heads, head_dim, macs; `probs` is (1, N, Q, L), or (N, Q, L) where the batch holds the heads."""
+    products = graph.within(path, *PRODUCTS)
+    inner = [_shape(product.args[0])[-1] for product in products]  # d, L
+    macs = sum(prod(_shape(product)) * terms for product, terms in zip(products, inner, strict=True))
+    return probs[-3], inner[0], macs
+
+
+def _deformable_shape(path: str, graph: _Calls, probs: Shape) -> tuple[int, int, int]:
+    """heads, head_dim, macs of the weighted sum; `probs` is (1, Q, N, points)."""
+    samples = graph.within(path, aten.grid_sampler.default)
+    if not samples:
+        raise RunError(f"{path}: deformable attention that does not call grid_sample is not supported")
+    head_dim = _shape(samples[0].args[0])[1]  # (N, d, h, w)
+    return probs[2], head_dim, prod(probs) * head_dim
+
+
+def _batch_norm_pairs(graph: _Calls, family: Family) -> Iterator[tuple[str, str]]:
+    """The pairs where a convolution feeds one batch norm, and nothing else reads or feeds either."""
+    for path in graph.paths_of(nn.Conv2d):
+        calls = graph.within(path, *_LAYER_CALLS)
+        readers = {graph.owner(user) for call in calls for user in call.users}
+        if len(calls) == 1 and len(readers) == 1:
+            norm = readers.pop()
+            if _is_batch_norm(graph.modules[norm], family) and _feeds(graph, norm) == set(calls):
+                yield path, norm
+
+
+def _is_batch_norm(module: nn.Module, family: Family) -> bool:
+    return type(module) is nn.BatchNorm2d or type(module).__name__ in family.frozen_batch_norm
+
+
+def _feeds(graph: _Calls, path: str) -> set[fx.Node]:
+    """The computed nodes outside a module that its own nodes read."""
+    inside = graph.nodes[path]
+    sources = {source for node in inside for source in node.all_input_nodes}
+    return {source for source in sources if source.op == "call_function" and source not in inside}
+
+
+def _unknown_attention(graph: _Calls, known: Iterable[AttentionFacts]) -> Iterator[str]:
+    """A note for each module that multiplies a softmax but is no attention of the family's table."""
+    paths = tuple(each.path for each in known)
+    for path, nodes in graph.nodes.items():
+        softmaxes = [node for node in nodes if node.target is SOFTMAX]
+        products = [node for node in nodes if node.target in PRODUCTS]
+        if softmaxes and len(products) > 1 and not any((path + ".").startswith(p + ".") for p in paths):
+            yield f"{path} looks like attention that qdetr does not know: its products stay float"
+
+
+def _shape(node: Any) -> Shape:
+    return tuple(int(side) for side in node.meta["val"].shape)
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mapping with tuples for lists, two levels deep."""
+    return {key: _tuple(value) for key, value in data.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(each) for each in value) if isinstance(value, list | tuple) else value

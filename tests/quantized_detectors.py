@@ -1,0 +1,165 @@
+"""Tiny detectors with every slot quantized, their inputs and all their outputs, for tests."""
+
+import copy
+from functools import cache
+
+import torch
+from tiny_detectors import tiny_config
+from torch import nn
+
+from qdetr_cli.attention import QuantAttention
+from qdetr_cli.checkpoint import load_config_model
+from qdetr_cli.families import family_of
+from qdetr_cli.fold import fold_batch_norms
+from qdetr_cli.layers import QuantConv2d, QuantLinear
+from qdetr_cli.plan import make_plan
+from qdetr_cli.recipe import OP_SLOTS, recipe_from_dict
+from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
+from qdetr_cli.trace import PRODUCTS, GraphFacts, trace
+
+BITS = {slot: {"bits": 4} for slots in OP_SLOTS.values() for slot in slots}
+
+
+def float_model(name: str) -> nn.Module:
+    """A tiny detector whose weights, biases and statistics are far from their initial zeros and ones."""
+    config = tiny_config(name.removesuffix(", no denoising"))
+    if name.endswith("no denoising"):
+        config["num_denoising"] = 0
+    torch.manual_seed(0)
+    model = load_config_model(config, None).model
+    for key, value in model.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 2.0)
+        elif key.endswith(("running_mean", "bias")):
+            value.normal_(std=0.3)
+        elif value.dim() > 1:
+            value.normal_(std=value[0].numel() ** -0.5)
+    return model.eval()
+
+
+def all_slots(facts: GraphFacts) -> dict:
+    ops = {each.op for each in (*facts.layers, *facts.attentions)}
+    rules = [{"op": op, **{slot: BITS[slot] for slot in OP_SLOTS[op]}} for op in sorted(ops)]
+    return {"schema": 1, "rules": rules}
+
+
+@cache
+def rewritten(name: str) -> tuple:
+    """The float model, the fake-quant model with every slot at 4 bits, its plan and its facts."""
+    reference = float_model(name)
+    model = copy.deepcopy(reference)
+    family = family_of(model)
+    facts = trace(model, family, (64, 96))
+    plan = make_plan(recipe_from_dict(all_slots(facts), source="test"), facts)
+    rewrite(model, plan, facts, family)
+    return reference, model, plan, facts
+
+
+def inputs(kind: str, batch: int = 3, size: tuple[int, int] = (96, 64)) -> dict:
+    """Pixels alone, with padding, or with padding and labels; sizes differ from the captured ones."""
+    generator = torch.Generator().manual_seed(1)
+    given = {"pixel_values": torch.randn(batch, 3, *size, generator=generator)}
+    if kind != "pixels":
+        given["pixel_mask"] = torch.ones(batch, *size, dtype=torch.int64)
+        given["pixel_mask"][0, :, size[1] // 2 :] = 0
+        given["pixel_mask"][-1, size[0] // 2 :] = 0
+    if kind == "labels":
+        boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.2]])
+        objects = {"class_labels": torch.tensor([0, 2]), "boxes": boxes}
+        nothing = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+        given["labels"] = [objects] * (batch - 1) + [nothing]
+    return given
+
+
+def run(model: nn.Module, given: dict, training: bool) -> dict[str, torch.Tensor]:
+    """Every tensor that the model gives, at any depth; statistics fixed, dropout and noise seeded."""
+    for module in model.modules():
+        module.training = training and not isinstance(module, nn.BatchNorm2d)
+    torch.manual_seed(7)
+    return dict(tensors("", dict(model(**given))))
+
+
+def tensors(name: str, value):
+    if isinstance(value, torch.Tensor):
+        yield name, value.detach()
+    elif isinstance(value, dict | list | tuple):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors(f"{name}.{key}", each)
+
+
+def calibrated(model: nn.Module, given: dict) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantConv2d):
+            module.calibrate_weight()
+    watched = [each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")]
+    for each in watched:
+        each.start_observing()
+    with torch.no_grad():
+        model.eval()(**given)
+    for each in watched:
+        each.finish_observing()
+    return model
+
+
+@cache
+def ready(name: str) -> nn.Module:
+    """The same fake-quant model, calibrated, with every quantizer on. Not to be changed."""
+    model = copy.deepcopy(rewritten(name)[1])
+    set_enabled(model, None, True)
+    return calibrated(model, inputs("pixels"))
+
+
+def check_equal_while_off(name: str, kind: str, training: bool) -> None:
+    """Every output and the loss: to the last bit once its batch norms are folded too, else up to rounding."""
+    reference, model, _, facts = rewritten(name)
+    folded = copy.deepcopy(reference)
+    fold_batch_norms(folded, facts.batch_norms)
+    set_enabled(model, None, False)
+    given = inputs(kind)
+    expected, exact, got = (run(each, given, training) for each in (reference, folded, model))
+    assert got.keys() == exact.keys() == expected.keys()
+    assert (".loss" in got) == (kind == "labels")
+    for key, value in got.items():
+        assert torch.equal(value, exact[key]), key
+        torch.testing.assert_close(
+            value, expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+def check_products_are_quantized(name: str) -> None:
+    """In the graphs: both operands of both products come from their quantizers, and no Linear is bypassed."""
+    _, model, _, facts = rewritten(name)
+    dense = [each.path for each in facts.attentions if each.op == "attention"]
+    assert dense
+    for path in dense:
+        attention = model.get_submodule(path)
+        assert isinstance(attention, QuantAttention)
+        for captured in attention.captured.values():
+            scores, mixed = [node for node in captured.graph.nodes if node.target in PRODUCTS]
+            made_by = [source(node) for node in (*scores.args, *mixed.args)]
+            assert made_by == ["q_quantizer", "k_quantizer", "probs_quantizer", "v_quantizer"]
+            assert not any("linear" in str(node.target) for node in captured.graph.nodes)
+
+
+def source(node) -> str:
+    """The child that made a value, past dropout and reshapes."""
+    while node.op != "call_module":
+        node = node.args[0]
+    return node.target
+
+
+def check_all_take_part(name: str) -> None:
+    """In a run: every quantizer is called, in training with masks of padding and denoising too, never on -inf."""
+    model = copy.deepcopy(rewritten(name)[1])
+    set_enabled(model, None, False)
+    largest: dict[str, float] = {}
+    for path, quantizer in quantizers(model).items():
+        quantizer.register_forward_pre_hook(
+            lambda _, args, path=path: largest.update(
+                {path: max(largest.get(path, 0.0), float(args[0].abs().max()))}
+            )
+        )
+    run(model, inputs("pixels"), False)
+    assert largest.keys() == quantizers(model).keys()
+    run(model, inputs("labels"), True)
+    assert all(value < 1e6 for value in largest.values())
