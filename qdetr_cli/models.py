@@ -1,0 +1,218 @@
+"""A model in memory: opened from anywhere, rewritten under a recipe, fitted to the classes of data, saved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from qdetr_cli import __version__, plugins
+from qdetr_cli.checkpoint import Detector, load_config_model, load_float, model_config, with_classes
+from qdetr_cli.classes import class_index, missing_classes
+from qdetr_cli.data import DetectionData
+from qdetr_cli.errors import CheckpointError, DataError, RunError
+from qdetr_cli.families import Family
+from qdetr_cli.manifest import Manifest, is_qdetr_folder, load_weights, read_manifest, save_checkpoint
+from qdetr_cli.metrics import Metrics
+from qdetr_cli.plan import Plan, make_plan
+from qdetr_cli.recipe import Recipe, recipe_from_dict
+from qdetr_cli.rewrite import rewrite
+from qdetr_cli.trace import GraphFacts, trace
+
+Say = Callable[[str], None]
+PARTS = ("best", "last")  # what a fine-tuning folder holds, in the order of preference
+DEVICES = ("cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from, with what an original `.pth` may not say of itself."""
+
+    model: str
+    heads: int | None = None
+    dilation: bool | None = None
+    pre_norm: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A detector in memory. `plan`, `facts` and `recipe` are there when it is a fake-quant model."""
+
+    detector: Detector
+    facts: GraphFacts | None = None
+    plan: Plan | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The torch module."""
+        module: nn.Module = self.detector.model
+        return module
+
+    @property
+    def family(self) -> Family:
+        """Its row of the table of families."""
+        return self.detector.family
+
+
+def open_model(source: Source, say: Say) -> Model:
+    """The model of `source`: float, or fake-quant if it is a folder that qdetr wrote under rules."""
+    folder = checkpoint_folder(Path(source.model))
+    if folder is None:
+        detector = load_float(
+            source.model, heads=source.heads, dilation=source.dilation, pre_norm=source.pre_norm
+        )
+        for note in detector.notes:
+            say(note)
+        return Model(detector=detector)
+    if source != Source(source.model):
+        raise CheckpointError(f"{source.model}: heads, dilation and pre-norm can only be set for an original .pth")
+    if folder != Path(source.model):
+        say(f"{source.model}: reading {folder.name}/")
+    manifest = read_manifest(folder)
+    if manifest.kind == "float":
+        return Model(detector=replace(load_float(folder), source=source.model))
+    return _fake_quant(folder, manifest, source, say)
+
+
+def checkpoint_folder(path: Path) -> Path | None:
+    """The qdetr checkpoint at `path`: itself, or the best (else last) of a fine-tuning; None if none."""
+    return next((each for each in (path, *(path / part for part in PARTS)) if is_qdetr_folder(each)), None)
+
+
+def quantized(model: Model, recipe: Recipe, size: tuple[int, int], say: Say) -> Model:
+    """The fake-quant model of a float one, not calibrated yet; the float module is rewritten in place."""
+    facts = trace(model.module, model.family, size)
+    plan = make_plan(recipe, facts)
+    for line in (*facts.notes, *plan.skipped):
+        say(line)
+    rewrite(model.module, plan, facts, model.family)
+    return replace(model, facts=facts, plan=plan, recipe=recipe)
+
+
+def must_be_float(model: Model, source: Source) -> None:
+    """Raise RunError if `model` is a fake-quant model already."""
+    if model.plan is not None:
+        raise RunError(
+            f"{source.model}: is a fake-quant checkpoint; put the recipe on the float checkpoint it came from"
+        )
+
+
+def fitted_to(model: Model, data: DetectionData, say: Say) -> Model:
+    """The model with a class for every class of `data`: as it is, or a float model with a new class head."""
+    if class_index(model.detector, data) is not None:
+        return model
+    missing = missing_classes(model.detector, data.class_names)
+    if model.plan is not None:
+        raise _unknown_classes(model, data, "put the recipe on the float checkpoint with this data")
+    say(
+        f"the checkpoint has no class for {_some(missing)}: it gets a new class head of "
+        f"{len(data.class_names)} classes, which knows nothing before fine-tuning"
+    )
+    return replace(model, detector=with_classes(model.detector, data.class_names))
+
+
+def known_classes(model: Model, data: DetectionData) -> tuple[int, ...]:
+    """For each data-set label the model's class index. Raises DataError where the model lacks a class."""
+    index = class_index(model.detector, data)
+    if index is None:
+        raise _unknown_classes(model, data, "fine-tune it on this data first (`qdetr finetune`)")
+    return index
+
+
+def trace_size(model: Model, given: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The (H, W) at which facts are found: as given, or what the processor makes of a square image."""
+    return given or model.detector.processor.output_size(640, 640)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(H, W) of `HxW`. Raises RunError for anything else."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 32 for part in parts):
+        raise RunError(f"--size {text}: is not HxW with at least 32 pixels each; for example 640x640")
+    return int(parts[0]), int(parts[1])
+
+
+def save_model(
+    module: nn.Module, model: Model, folder: Path, recipe: Recipe, metrics: Metrics | None
+) -> None:
+    """Write `module`, which has the structure of `model`, as a qdetr checkpoint."""
+    detector = model.detector
+    manifest = Manifest(
+        kind="float" if model.plan is None else "fake-quant",
+        family=model.family.name,
+        recipe=recipe.to_dict(),
+        plan={} if model.plan is None else model.plan.to_dict(),
+        facts={} if model.facts is None else model.facts.to_dict(),
+        class_names=detector.class_names,
+        processor=detector.processor.to_config(),
+        config=model_config(detector),
+        source=Path(detector.source).name,
+        versions=versions(),
+        metrics=None if metrics is None else metrics.to_dict(),
+    )
+    save_checkpoint(folder, module, manifest)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    return {
+        "qdetr": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a flag; `auto` is CUDA where there is one. Raises RunError for what is not there.
+
+    A numbered CUDA device becomes the current one, which is where accelerate trains.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unavailable = RunError(f"--device {name}: is not available here; choose auto, cpu, cuda, cuda:N or mps")
+    if name.partition(":")[0] not in DEVICES:
+        raise unavailable
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise unavailable from error
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _fake_quant(folder: Path, manifest: Manifest, source: Source, say: Say) -> Model:
+    detector: Detector = replace(load_config_model(manifest.config, manifest.processor), source=source.model)
+    recipe = recipe_from_dict(manifest.recipe, source=str(folder))
+    _load_plugins(recipe, source, say)
+    facts, plan = GraphFacts.from_dict(manifest.facts), Plan.from_dict(manifest.plan)
+    rewrite(detector.model, plan, facts, detector.family)
+    load_weights(folder, detector.model)
+    return Model(detector=detector, facts=facts, plan=plan, recipe=recipe)
+
+
+def _load_plugins(recipe: Recipe, source: Source, say: Say) -> None:
+    """The plugin folders of a checkpoint's recipe; one that has moved is said, for `--plugins` may name it."""
+    folders = [Path(each) for each in recipe.plugins]
+    for folder in folders:
+        if not folder.is_dir():
+            say(f"warning: {source.model}: its plugin folder {folder} is gone; name its new place with --plugins")
+    plugins.load([folder for folder in folders if folder.is_dir()])
+
+
+def _unknown_classes(model: Model, data: DetectionData, way_out: str) -> DataError:
+    missing = missing_classes(model.detector, data.class_names)
+    known = _some(list(model.detector.class_names.values()))
+    return DataError(f"{data.root}: the model has no class for {_some(missing)}; it knows {known}; {way_out}")
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,375 @@
+"""Fine-tuning, float or under quantization: Hungarian loss, distillation, EMA, checkpoints that resume."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from qdetr_cli.data import Batch, ImageSet, collate
+from qdetr_cli.errors import DivergedError, RecipeError, RunError
+from qdetr_cli.families import Family
+from qdetr_cli.losses import DetectionLoss, detection_loss, distillation_loss, predictions_of
+from qdetr_cli.metrics import Metrics
+from qdetr_cli.recipe import Distill, Train
+from qdetr_cli.runs import Journal, atomic_folder
+from qdetr_cli.schedule import (
+    EpochSampler,
+    MovingAverage,
+    freeze,
+    lr_scale,
+    parameter_groups,
+    random_state,
+    restore_random_state,
+)
+
+STATE = "state.pt"
+LOG_EVERY = 20  # steps between two lines of metrics.jsonl
+
+Save = Callable[[nn.Module, Path, Metrics | None], None]
+Evaluate = Callable[[nn.Module], Metrics]
+
+
+class Watch(Protocol):
+    """Who is told how the training goes."""
+
+    def stepped(self, step: int, total: int, entry: dict[str, float]) -> None:
+        """After every step: the loss terms and learning rate."""
+
+    def evaluated(self, step: int, total: int, metrics: Metrics) -> None:
+        """After every evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a training ended: the last evaluation, the best AP and its step, steps done and seconds."""
+
+    last: Metrics
+    best_ap: float
+    best_step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """Where a training stands: steps done, seconds spent, and the best evaluation so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_ap: float = -1.0
+    best_step: int = 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and has written its checkpoint; `number` is the signal that asked."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
+        self.number = number
+
+
+class Trainer:
+    """One training of one model in one run folder (`last/`, `best/`, `metrics.jsonl`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        *,
+        train: Train,
+        distill: Distill,
+        images: ImageSet,
+        folder: Path,
+        save: Save,
+        evaluate: Evaluate,
+        teacher: nn.Module | None = None,
+        device: str = "auto",
+        watch: Watch | None = None,
+    ) -> None:
+        self.family, self.train, self.distill, self.images = family, train, distill, images
+        self.folder, self.save, self.evaluate, self.watch = folder, save, evaluate, watch
+        self.journal = Journal(folder / "metrics.jsonl")
+        self.position = Position()
+        self.accelerator = _accelerator(train, device)
+        self.device = self.accelerator.device
+        self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
+        self.model = _trainable(model.to(self.device), train)
+        self.average = None if train.ema is None else MovingAverage(self.model, train.ema)
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, train))
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return max(1, len(self._sampler(epoch=0, skip=0)) // self.train.accumulate)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps in the whole training."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return max(1, round(self.train.epochs * self.steps_per_epoch))
+
+    def fit(self, *, resume: bool = False) -> Fit:
+        """Train to the end, evaluating on the way. Raises DivergedError, and Interrupted after writing."""
+        if resume:
+            self._resume()
+        last: Metrics | None = None
+        with _stop_signals() as stop:
+            while self.position.step < self.total_steps:
+                self._epoch(stop)
+                if stop:
+                    self._write_last(None)
+                    raise Interrupted(stop[0])
+                last = self._evaluate() if self._evaluation_is_due() else None
+        if last is None:
+            last = self._evaluate()
+        position = self.position
+        return Fit(
+            last=last,
+            best_ap=position.best_ap,
+            best_step=position.best_step,
+            steps=position.step,
+            seconds=position.seconds,
+        )
+
+    def _epoch(self, stop: list[int]) -> None:
+        """Go on to the end of the current epoch, of the training, or until asked to stop."""
+        epoch, done = divmod(self.position.step, self.steps_per_epoch)
+        began = time.monotonic() - self.position.seconds
+        _training_mode(self.wrapped, self.train)
+        self.images.set_epoch(epoch)
+        batches = iter(self._loader(epoch, skip=done * self.train.accumulate))
+        for _ in range(min(self.steps_per_epoch - done, self.total_steps - self.position.step)):
+            entry = self._step([next(batches).to(self.device) for _ in range(self.train.accumulate)])
+            self.position.seconds = time.monotonic() - began
+            self._tell(entry)
+            if stop:
+                return
+
+    def _step(self, batches: list[Batch]) -> dict[str, float]:
+        """One optimiser step over accumulated batches; the loss terms as numbers."""
+        scale = lr_scale(self.train, self.position.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        totals: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            with self.accelerator.autocast():
+                loss, terms = self._loss(batch)
+            self._check_finite(loss, terms)
+            if index + 1 < len(batches):
+                with self.accelerator.no_sync(self.wrapped):
+                    self.accelerator.backward(loss / len(batches))
+            else:
+                self.accelerator.backward(loss / len(batches))
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(batches)
+        self._update()
+        return {name: float(value) for name, value in totals.items()} | {"lr": self.train.lr * scale}
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        detection: DetectionLoss = detection_loss(
+            self.wrapped, self.family, batch, auxiliary=self.train.auxiliary
+        )
+        if self.teacher is None or not self.distill.terms:
+            return detection.total, detection.terms
+        with torch.no_grad():
+            outputs = self.teacher(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+        extra, terms = distillation_loss(
+            self.distill.terms, self.family, detection.predictions, predictions_of(outputs)
+        )
+        return detection.total + extra, detection.terms | terms
+
+    def _update(self) -> None:
+        """Clip, step, and move the average."""
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.clip or math.inf)
+        if self.train.precision != "fp16" and not math.isfinite(float(norm)):
+            raise DivergedError(
+                f"step {self.position.step}: the gradient is not finite in {self._broken(gradient=True)}; "
+                "lower train.lr or give that module more bits"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position.step += 1
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        if math.isfinite(loss.item()):
+            return
+        listed = ", ".join(f"{name}={float(value):.4g}" for name, value in terms.items())
+        raise DivergedError(
+            f"step {self.position.step}: the loss is not finite ({listed}); "
+            f"first bad module: {self._broken(gradient=False)}. `last/` holds the evaluation before; "
+            "lower train.lr or give that module more bits"
+        )
+
+    def _broken(self, *, gradient: bool) -> str:
+        """The path of the first parameter whose value (or gradient) is not finite."""
+        for name, parameter in self.model.named_parameters():
+            tensor = parameter.grad if gradient else parameter
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                return name
+        return "none (the values overflow between modules)"
+
+    def _tell(self, entry: dict[str, float]) -> None:
+        step = self.position.step
+        if step % LOG_EVERY == 0 and self.accelerator.is_main_process:
+            self.journal.append({"step": step, "seconds": round(self.position.seconds, 1)} | entry)
+        if self.watch is not None:
+            self.watch.stepped(step, self.total_steps, entry)
+
+    def _evaluation_is_due(self) -> bool:
+        epoch, rest = divmod(self.position.step, self.steps_per_epoch)
+        at_end = self.position.step >= self.total_steps
+        return at_end or (rest == 0 and epoch % self.train.eval_every == 0)
+
+    def _evaluate(self) -> Metrics:
+        """Metrics of the averaged model; `last/` is written, and `best/` when the AP is the best so far."""
+        with self._averaged() as model:
+            metrics = self.evaluate(model)
+            ap = metrics.ap
+            is_best = ap > self.position.best_ap
+            if is_best:
+                self.position.best_ap, self.position.best_step = ap, self.position.step
+                if self.accelerator.is_main_process:
+                    self.save(model, self.folder / "best", metrics)
+        self._write_last(metrics)
+        if self.accelerator.is_main_process:
+            self.journal.append({"step": self.position.step, "metrics": metrics.to_dict()})
+        if self.watch is not None:
+            self.watch.evaluated(self.position.step, self.total_steps, metrics)
+        return metrics
+
+    @contextmanager
+    def _averaged(self) -> Iterator[nn.Module]:
+        """The model with the moving average's weights, for the duration of the block."""
+        self.model.eval()
+        if self.average is None:
+            yield self.model
+            return
+        own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.tensors)
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(own)
+
+    def _write_last(self, metrics: Metrics | None) -> None:
+        """`last/`: the averaged model as a loadable checkpoint, and beside it all that resuming needs."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "random": random_state(self.device),
+            "position": asdict(self.position),
+        }
+        with atomic_folder(self.folder / "last") as draft:
+            with self._averaged() as model:
+                self.save(model, draft, metrics)
+            torch.save(
+                state, draft / STATE
+            )  # the live weights are back in the tensors that `state` refers to
+
+    def _resume(self) -> None:
+        path = self.folder / "last" / STATE
+        if not path.exists():
+            raise RunError(f"{path}: not found, so there is nothing to resume; run without --resume")
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RunError(f"{path}: cannot be read ({error}); start again in another --out") from error
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        restore_random_state(state["random"], self.device)
+        self.position = Position(**state["position"])
+        self.journal.rewind(self.position.step)
+
+    def _sampler(self, *, epoch: int, skip: int) -> EpochSampler:
+        return EpochSampler(
+            len(self.images),
+            self.train.batch_size,
+            seed=self.train.seed,
+            epoch=epoch,
+            skip=skip,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    def _loader(self, epoch: int, *, skip: int) -> "DataLoader[Any]":
+        return DataLoader(
+            self.images,
+            batch_sampler=self._sampler(epoch=epoch, skip=skip),
+            num_workers=self.train.workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.train.seed),  # leaves the global state alone
+        )
+
+
+def _accelerator(train: Train, device: str) -> Accelerator:
+    """Accelerate's engine. Its state is one per process, so that of an earlier training is dropped."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    precision = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
+    if train.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        raise RunError("train.precision: fp16 needs CUDA; use bf16 or float32 on a CPU")
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+def _trainable(model: nn.Module, train: Train) -> nn.Module:
+    unmatched = freeze(model, train.freeze)
+    if unmatched:
+        raise RecipeError(
+            f"train.freeze: {', '.join(unmatched)} matches no parameter; see `qdetr inspect MODEL`"
+        )
+    return model
+
+
+def _training_mode(model: nn.Module, train: Train) -> None:
+    """Training mode; with `batch_norm: frozen`, batch norms keep their statistics."""
+    model.train()
+    if train.batch_norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM is put into, so that a step is finished before the checkpoint is written.
+
+    A second signal falls through to the usual handling. Outside the main thread signals are left alone.
+    """
+    caught: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

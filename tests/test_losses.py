@@ -1,0 +1,190 @@
+"""Detection and distillation losses: against transformers', the original's definition, and by hand."""
+
+import copy
+
+import pytest
+import torch
+from tiny_detectors import tiny_config
+from torch import nn
+
+from qdetr_cli.boxes import cxcywh_to_xyxy
+from qdetr_cli.checkpoint import load_config_model
+from qdetr_cli.data import Batch
+from qdetr_cli.losses import boxes_term, detection_loss, distillation_loss, logits_term, predictions_of
+from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
+
+FED_ON = ("detr", "conditional_detr", "table-transformer")
+OTHERS = ("rt_detr", "d_fine")
+
+
+def built(name: str, **changes):
+    torch.manual_seed(0)
+    detector = load_config_model({**tiny_config(name), **changes}, None)
+    with torch.no_grad():  # random initialisation hides what auxiliary losses do to predictions
+        for parameter in detector.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return detector
+
+
+def batch(objects: tuple[int, ...] = (2, 1)) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    labels = []
+    for count in objects:
+        boxes = 0.2 + 0.3 * torch.rand(count, 4, generator=generator)
+        labels.append({"class_labels": torch.randint(0, 3, (count,), generator=generator), "boxes": boxes})
+    size = (64, 96)
+    return Batch(
+        pixel_values=torch.rand(len(objects), 3, *size, generator=generator),
+        pixel_mask=torch.ones(len(objects), *size, dtype=torch.int64),
+        labels=labels,
+        image_ids=list(range(len(objects))),
+        sizes=torch.tensor([size] * len(objects)),
+    )
+
+
+@pytest.mark.parametrize("name", FED_ON)
+def test_auxiliary_losses_do_not_change_predictions(name):
+    detector, images = built(name, auxiliary_loss=False), batch()
+    with torch.no_grad():
+        plain = detector.model(pixel_values=images.pixel_values, pixel_mask=images.pixel_mask)
+        found = detection_loss(detector.model, detector.family, images, auxiliary=True)
+    torch.testing.assert_close(found.predictions.logits, plain.logits, rtol=0, atol=0)
+    torch.testing.assert_close(found.predictions.boxes, plain.pred_boxes, rtol=0, atol=0)
+    assert detector.model.config.auxiliary_loss is False
+
+
+@pytest.mark.parametrize("name", FED_ON)
+def test_the_naive_flag_does_change_predictions(name):
+    """Why the correction is needed: with transformers' flag the same weights say something else."""
+    detector, images = built(name, auxiliary_loss=False), batch()
+    naive = copy.deepcopy(detector.model)
+    naive.model.decoder.config.auxiliary_loss = True
+    with torch.no_grad():
+        logits = detector.model(pixel_values=images.pixel_values).logits
+        assert (naive(pixel_values=images.pixel_values).logits - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FED_ON)
+def test_auxiliary_total_is_the_sum_over_layers_cut_short(name):
+    """A decoder cut after layer n predicts what the auxiliary loss of layer n must be computed on."""
+    detector, images = built(name, auxiliary_loss=False), batch()
+    with torch.no_grad():
+        whole = detection_loss(detector.model, detector.family, images, auxiliary=True).total
+        parts = []
+        layers = detector.model.model.decoder.layers
+        for count in range(1, len(layers) + 1):
+            short = copy.deepcopy(detector.model)
+            short.model.decoder.layers = nn.ModuleList(short.model.decoder.layers[:count])
+            parts.append(short(pixel_values=images.pixel_values, labels=images.labels).loss)
+    torch.testing.assert_close(whole, torch.stack(parts).sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FED_ON, *OTHERS])
+def test_without_auxiliary_losses_it_is_the_last_layer_alone(name):
+    detector, images = built(name), batch()
+    detector.model.eval()
+    with torch.no_grad():
+        found = detection_loss(detector.model, detector.family, images, auxiliary=False)
+        reference = copy.deepcopy(detector.model)
+        reference.config.auxiliary_loss = False
+        expected = reference(pixel_values=images.pixel_values, labels=images.labels).loss
+    torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_with_their_own_auxiliary_losses_keep_them(name):
+    """Denoising queries included, with the random state fixed."""
+    detector, images = built(name), batch()
+    detector.model.train()
+    torch.manual_seed(5)
+    found = detection_loss(detector.model, detector.family, images, auxiliary=True)
+    torch.manual_seed(5)
+    expected = detector.model(pixel_values=images.pixel_values, labels=images.labels)
+    torch.testing.assert_close(found.total, expected.loss, rtol=1e-5, atol=1e-5)
+    queries = detector.model.config.num_queries
+    assert expected.logits.shape[1] > queries, "the denoising queries come on top"
+    assert found.predictions.logits.shape[1] == queries
+    torch.testing.assert_close(found.predictions.logits, expected.logits[:, -queries:])
+
+
+@pytest.mark.parametrize("objects", [(0, 0), (0, 2)], ids=["no objects", "one empty image"])
+@pytest.mark.parametrize("name", ["detr", "conditional_detr", *OTHERS])
+def test_images_without_objects_give_finite_losses(name, objects):
+    detector = built(name)
+    detector.model.train()
+    found = detection_loss(detector.model, detector.family, batch(objects), auxiliary=True)
+    found.total.backward()
+    assert torch.isfinite(found.total)
+
+
+def predictions(queries: int = 5, classes: int = 3, seed: int = 0) -> Predictions:
+    generator = torch.Generator().manual_seed(seed)
+    return Predictions(
+        logits=torch.randn(2, queries, classes, generator=generator),
+        boxes=0.2 + 0.3 * torch.rand(2, queries, 4, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("softmax", [True, False], ids=["softmax", "sigmoid"])
+def test_distillation_is_zero_from_oneself_and_grows_with_distance(softmax):
+    teacher = predictions()
+    near = Predictions(logits=teacher.logits + 0.1 * predictions(seed=1).logits, boxes=teacher.boxes + 0.01)
+    far = Predictions(logits=teacher.logits + 2 * predictions(seed=1).logits, boxes=teacher.boxes + 0.1)
+    for term in (logits_term, boxes_term):
+        own, small, large = (float(term(each, teacher, softmax)) for each in (teacher, near, far))
+        assert own == pytest.approx(0.0, abs=1e-6)
+        assert 0 < small < large
+
+
+def test_logits_term_by_hand():
+    """One query, one class: weight cancels, quality focal loss is |p - t|^2 * cross entropy."""
+    student = Predictions(logits=torch.zeros(1, 1, 1), boxes=torch.full((1, 1, 4), 0.5))
+    teacher = Predictions(logits=torch.tensor([[[2.0]]]), boxes=torch.full((1, 1, 4), 0.5))
+    target = torch.sigmoid(torch.tensor(2.0))
+    expected = (0.5 - target) ** 2 * torch.log(torch.tensor(2.0))
+    assert float(logits_term(student, teacher, False)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_boxes_term_by_hand():
+    student = Predictions(logits=torch.zeros(1, 1, 2), boxes=torch.tensor([[[0.5, 0.5, 0.2, 0.2]]]))
+    teacher = Predictions(logits=torch.zeros(1, 1, 2), boxes=torch.tensor([[[0.5, 0.5, 0.4, 0.2]]]))
+    expected = 5 * 0.2 + 2 * (1 - 0.5)  # L1 is 0.2 of width; IoU and GIoU are 1/2
+    assert float(boxes_term(student, teacher, True)) == pytest.approx(expected, rel=1e-5)
+    assert cxcywh_to_xyxy(student.boxes).shape == (1, 1, 4)
+
+
+@pytest.mark.parametrize("softmax", [True, False], ids=["softmax", "sigmoid"])
+def test_hungarian_pairs_undo_a_permutation(softmax):
+    teacher = predictions(queries=7)
+    order = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(s)) for s in (1, 2)])
+    student = teacher.take(order)
+    assert torch.equal(hungarian_pairs(student, teacher, softmax=softmax), order)
+    torch.testing.assert_close(teacher.take(order).boxes, student.boxes)
+
+
+def test_same_query_is_the_identity():
+    teacher = predictions()
+    torch.testing.assert_close(teacher.take(same_query(teacher)).logits, teacher.logits)
+
+
+@pytest.mark.parametrize("name", ["detr", "d_fine"])
+def test_reordered_queries_matter_only_where_queries_are_learned(name):
+    """Top-k selection reorders queries, so pairs are matched there; learned queries pair by index."""
+    family = built(name).family
+    teacher = predictions(queries=7)
+    order = torch.tensor([[6, 5, 4, 3, 2, 1, 0]] * 2)
+    total, terms = distillation_loss({"logits": 1.0, "boxes": 2.0}, family, teacher.take(order), teacher)
+    if family.fixed_queries:
+        assert float(total) > 0.01
+    else:
+        assert float(total) == pytest.approx(0.0, abs=1e-5)
+    assert set(terms) == {"distill_logits", "distill_boxes"}
+    expected = float(terms["distill_logits"]) + 2 * float(terms["distill_boxes"])
+    assert float(total) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_predictions_without_denoising_are_taken_whole():
+    detector, images = built("detr"), batch()
+    with torch.no_grad():
+        outputs = detector.model(pixel_values=images.pixel_values)
+    assert predictions_of(outputs).logits.shape == outputs.logits.shape
