@@ -1,0 +1,483 @@
+"""The story: load, plan, rewrite, calibrate, fit, evaluate. Each command is one function here."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from qdetr_cli import plugins
+from qdetr_cli.batchnorm import freeze_batch_norms, thaw_batch_norms
+from qdetr_cli.calibrate import calibrate
+from qdetr_cli.checkpoint import Detector
+from qdetr_cli.data import DetectionData, ImageSet, check_images, image_files, open_data, single_image
+from qdetr_cli.errors import RecipeError, RunError
+from qdetr_cli.evaluate import Bench, Rung, detect
+from qdetr_cli.evaluate import evaluate as measure
+from qdetr_cli.evaluate import ladder as climb
+from qdetr_cli.metrics import Metrics
+from qdetr_cli.models import (
+    Model,
+    Source,
+    fitted_to,
+    known_classes,
+    must_be_float,
+    open_model,
+    parse_size,
+    quantized,
+    save_model,
+    torch_device,
+    trace_size,
+)
+from qdetr_cli.plan import Plan, make_plan
+from qdetr_cli.recipe import Recipe, load_recipe
+from qdetr_cli.runs import new_folder, write_json
+from qdetr_cli.trace import GraphFacts, trace
+from qdetr_cli.train import Fit, Trainer, Watch
+
+Advance = Callable[[int], None]
+
+
+class Listener(Watch, Protocol):
+    """Who is told what happens, while it happens."""
+
+    def say(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def training(self) -> AbstractContextManager[None]:
+        """A progress bar that follows `stepped`."""
+
+    def progress(self, what: str, total: int) -> AbstractContextManager[Advance]:
+        """A progress bar; the function it gives is told how many are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """Where the data comes from: a root or json, the image folder of a json, and the two splits."""
+
+    path: Path
+    images: Path | None = None
+    train: str = "train"
+    split: str = "val"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What `qdetr inspect` found: the graph facts, and the plan of a recipe or of a fake-quant checkpoint."""
+
+    detector: Detector
+    facts: GraphFacts
+    plan: Plan | None
+    recipe: Recipe | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What `qdetr quantize` made: metrics before and after (None: not measured), and silent quantizers."""
+
+    folder: Path
+    plan: Plan
+    silent: tuple[str, ...]
+    before: Metrics | None
+    after: Metrics | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetuned:
+    """What `qdetr finetune` made, and the plan it trained under (None for a float training)."""
+
+    folder: Path
+    plan: Plan | None
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """What `qdetr eval` measured; `ladder` is empty unless asked for."""
+
+    metrics: Metrics
+    images: int
+    split: str
+    ladder: tuple[Rung, ...]
+    warnings: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedImage:
+    """The objects of one image above the threshold: boxes (K, 4) xyxy in pixels, scores and class names."""
+
+    path: Path
+    boxes: list[list[float]]
+    scores: list[float]
+    classes: list[str]
+
+
+def inspect(
+    source: Source,
+    *,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    size: str | None = None,
+    plugins: Sequence[Path] = (),
+    listener: Listener,
+) -> Inspection:
+    """What is in a model, and what a recipe would do to it."""
+    if recipe is None and overrides:
+        raise RecipeError(f"--set {overrides[0]}: changes a recipe, and none is given; add --recipe")
+    _load_plugins(plugins)
+    chosen = None if recipe is None else _recipe(recipe, overrides, plugins)
+    wanted = parse_size(size)
+    model = open_model(source, listener.say)
+    if chosen is None and model.facts is not None:
+        return _fake_quant_inspection(model, model.facts, source, wanted)
+    must_be_float(model, source)
+    facts = trace(model.module, model.family, trace_size(model, wanted))
+    plan = None if chosen is None else make_plan(chosen, facts)
+    return Inspection(detector=model.detector, facts=facts, plan=plan, recipe=chosen)
+
+
+def quantize(
+    source: Source,
+    *,
+    recipe: str,
+    data: DataSource,
+    out: Path,
+    overrides: Sequence[str] = (),
+    measured: bool = True,
+    plugins: Sequence[Path] = (),
+    device: str = "auto",
+    listener: Listener,
+) -> Quantized:
+    """Calibrate a float model under a recipe and write the fake-quant checkpoint."""
+    chosen, where = _recipe(recipe, overrides, plugins), torch_device(device)
+    if not chosen.rules:
+        raise RecipeError(
+            f"{recipe}: quantizes nothing, so there is nothing to calibrate; choose another recipe"
+        )
+    check_new(out)
+    training = _open(data, data.train, listener)
+    evaluation = _measured_on(data, training, listener) if measured else None
+    model = open_model(source, listener.say)
+    must_be_float(model, source)
+    model = fitted_to(model, training, listener.say)
+    model.module.to(where)
+    before = None if evaluation is None else _ap(model, evaluation, where, "float", listener)
+    model = quantized(model, chosen, trace_size(model), listener.say)
+    silent = _calibrate(model, training, where, listener)
+    after = None if evaluation is None else _ap(model, evaluation, where, "calibrated", listener)
+    save_model(model.module, model, out, chosen, after)
+    assert model.plan is not None
+    return Quantized(folder=out, plan=model.plan, silent=silent, before=before, after=after)
+
+
+def finetune(
+    source: Source,
+    *,
+    recipe: str,
+    data: DataSource,
+    out: Path,
+    overrides: Sequence[str] = (),
+    teacher: str | None = None,
+    resume: bool = False,
+    plugins: Sequence[Path] = (),
+    device: str = "auto",
+    listener: Listener,
+) -> Finetuned:
+    """Fine-tune under a recipe with the Hungarian loss; `out` gets `last/`, `best/` and `metrics.jsonl`."""
+    extra = [] if teacher is None else [f"distill.teacher={teacher}"]
+    chosen, where = _recipe(recipe, [*overrides, *extra], plugins), torch_device(device)
+    settings = _settings(source, chosen, data)
+    resume = resume and _resumes(out, settings, listener)
+    if not resume:
+        _check_free(out)
+    training = _open(data, data.train, listener)
+    evaluation = _measured_on(data, training, listener)
+    opened = open_model(source, listener.say)
+    model = fitted_to(opened, training, listener.say)
+    known_classes(model, evaluation)
+    mentor = _teacher(chosen, model, listener, new_head=model is not opened)
+    model.module.to(where)
+    model = _under(chosen, model, source, training, where, listener, resume=resume)
+    trainer = Trainer(
+        model.module,
+        model.family,
+        train=chosen.train,
+        distill=chosen.distill,
+        images=_images(model, training, chosen),
+        folder=out,
+        save=_saver(model, chosen),
+        evaluate=lambda module: _ap(model, evaluation, where, "evaluate", listener, quiet=True),
+        teacher=mentor,
+        device=str(where),
+        watch=listener,
+    )
+    if not resume:
+        _begin(out, settings)
+    with listener.training():
+        fit = trainer.fit(resume=resume)
+    return Finetuned(folder=out, plan=model.plan, fit=fit)
+
+
+def evaluate(
+    source: Source,
+    *,
+    data: DataSource,
+    ladder: bool = False,
+    batch_size: int = 16,
+    workers: int = 2,
+    metrics: tuple[str, ...] = (),
+    plugins: Sequence[Path] = (),
+    device: str = "auto",
+    listener: Listener,
+) -> Evaluated:
+    """AP on a split, and with `ladder` the AP as module groups are quantized one after another."""
+    _load_plugins(plugins)
+    where = torch_device(device)
+    evaluation = _open(data, data.split, listener)
+    model = open_model(source, listener.say)
+    if ladder and model.plan is None:
+        raise RunError(
+            f"{source.model}: is a float model, so --ladder has nothing to switch; "
+            "run `qdetr quantize` or `qdetr finetune` on it first"
+        )
+    bench = bench_of(model, evaluation, batch_size=batch_size, workers=workers, metrics=metrics)
+    model.module.to(where)
+    with listener.progress("evaluate", len(bench.images)) as advance:
+        measured = measure(model.module, model.family, bench, device=where, advance=advance)
+    rungs: tuple[Rung, ...] = ()
+    if ladder and model.plan is not None:
+        with listener.progress("ladder", len(bench.images)) as advance:
+            rungs = climb(model.module, model.family, model.plan, bench, device=where, advance=advance)
+    count = len(bench.images)
+    return Evaluated(
+        metrics=measured, images=count, split=data.split, ladder=rungs, warnings=dict(evaluation.warnings)
+    )
+
+
+def predict(
+    source: Source,
+    paths: Sequence[Path],
+    *,
+    threshold: float = 0.5,
+    plugins: Sequence[Path] = (),
+    device: str = "auto",
+    listener: Listener,
+) -> tuple[PredictedImage, ...]:
+    """The objects on images, and on all images of folders."""
+    _load_plugins(plugins)
+    where = torch_device(device)
+    files = image_files(paths)
+    model = open_model(source, listener.say)
+    model.module.to(where)
+    with listener.progress("predict", len(files)) as advance:
+        found = []
+        for file in files:
+            found.append(_predicted(model, file, threshold, where))
+            advance(1)
+    return tuple(found)
+
+
+def plugin_entries(folders: Sequence[Path]) -> tuple[plugins.Entry, ...]:
+    """Everything that is registered, built-in modules and the named folders included."""
+    _load_plugins(folders)
+    return plugins.entries()
+
+
+def bench_of(
+    model: Model,
+    data: DetectionData,
+    *,
+    batch_size: int = 16,
+    workers: int = 0,
+    metrics: tuple[str, ...] = (),
+) -> Bench:
+    """What `model` is measured on. Raises DataError where it lacks a class of `data`."""
+    index = known_classes(model, data)
+    images = ImageSet(data, model.detector.processor, index, augment=None, seed=0)
+    return Bench(
+        data=data, images=images, class_index=index, batch_size=batch_size, workers=workers, metrics=metrics
+    )
+
+
+# --- the steps of the stories above ---
+
+
+def _recipe(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> Recipe:
+    chosen = load_recipe(name, overrides)
+    _load_plugins([*folders, *(Path(each) for each in chosen.plugins)])
+    return chosen
+
+
+def _load_plugins(folders: Sequence[Path]) -> None:
+    plugins.load(folders)
+
+
+def _open(data: DataSource, split: str, listener: Listener) -> DetectionData:
+    opened = open_data(data.path, split=split, images=data.images)
+    check_images(opened)
+    listener.say(
+        f"{data.path}: {opened.kind.upper()}, split {split}, {len(opened.records)} images, "
+        f"{len(opened.class_names)} classes"
+    )
+    for what, count in opened.warnings.items():
+        listener.say(f"warning: {split}: {what}: {count}")
+    return opened
+
+
+def _ap(
+    model: Model,
+    data: DetectionData,
+    where: torch.device,
+    what: str,
+    listener: Listener,
+    *,
+    quiet: bool = False,
+) -> Metrics:
+    bench = bench_of(model, data)
+    if quiet:
+        return measure(model.module, model.family, bench, device=where)
+    with listener.progress(what, len(bench.images)) as advance:
+        return measure(model.module, model.family, bench, device=where, advance=advance)
+
+
+def _calibrate(model: Model, data: DetectionData, where: torch.device, listener: Listener) -> tuple[str, ...]:
+    """Calibrate in place; the quantizers that saw nothing are said and given back."""
+    assert model.recipe is not None
+    spec = model.recipe.calibrate
+    images = ImageSet(
+        data, model.detector.processor, known_classes(model, data), augment=None, seed=spec.seed
+    )
+    with listener.progress("calibrate", min(spec.images, len(images))) as advance:
+        silent = calibrate(model.module, images, spec, device=where, advance=advance)
+    for path in silent:
+        listener.say(f"warning: {path} saw no value in calibration and keeps the smallest step")
+    return silent
+
+
+def _under(
+    chosen: Recipe,
+    model: Model,
+    source: Source,
+    data: DetectionData,
+    where: torch.device,
+    listener: Listener,
+    *,
+    resume: bool,
+) -> Model:
+    """The model that is trained: under the rules and calibrated, or float with live or frozen batch norms."""
+    if model.plan is not None:
+        return _continued(chosen, model, source)
+    if not chosen.rules:
+        if chosen.train.batch_norm == "train":
+            thaw_batch_norms(model.module, model.family)
+        return model
+    if chosen.train.batch_norm == "train":
+        raise RecipeError(
+            "train.batch_norm: train has no effect under quantization, where batch norms are folded"
+        )
+    model = quantized(model, chosen, trace_size(model), listener.say)
+    if not resume:
+        _calibrate(model, data, where, listener)
+    return model
+
+
+def _continued(chosen: Recipe, model: Model, source: Source) -> Model:
+    """A fake-quant checkpoint trained on: its plan stands, so the recipe must give the same one."""
+    assert model.facts is not None
+    assert model.plan is not None
+    if make_plan(chosen, model.facts).to_dict()["modules"] != model.plan.to_dict()["modules"]:
+        raise RunError(
+            f"{source.model}: was quantized under another plan than this recipe gives; use the recipe it was "
+            "quantized with, or start from the float checkpoint"
+        )
+    return model
+
+
+def _teacher(chosen: Recipe, model: Model, listener: Listener) -> nn.Module | None:
+    """The float teacher that the recipe asks for: a copy of the model, or another checkpoint."""
+    if not chosen.distill.terms or chosen.distill.teacher is None:
+        return None
+    if chosen.distill.teacher != "float":
+        teacher = open_model(Source(chosen.distill.teacher), listener.say)
+        _same_classes(model.detector, teacher.detector)
+        return teacher.module
+    if model.plan is not None:
+        raise RunError("distill.teacher: float needs a float MODEL; name the float checkpoint with --teacher")
+    return copy.deepcopy(model.module)
+
+
+def _same_classes(student: Detector, teacher: Detector) -> None:
+    if student.family.softmax != teacher.family.softmax or student.class_names != teacher.class_names:
+        raise RunError(
+            f"--teacher {teacher.source}: has other classes than the student; "
+            "fine-tune it in float on this data first"
+        )
+
+
+def _images(model: Model, data: DetectionData, chosen: Recipe) -> ImageSet:
+    return ImageSet(
+        data,
+        model.detector.processor,
+        known_classes(model, data),
+        augment=chosen.train.augment,
+        seed=chosen.train.seed,
+    )
+
+
+def _saver(model: Model, chosen: Recipe) -> Callable[[nn.Module, Path, Metrics | None], None]:
+    """Writes the trained module as a checkpoint; live batch norms are written frozen."""
+
+    def save(module: nn.Module, folder: Path, metrics: Metrics | None) -> None:
+        thawed = model.plan is None and chosen.train.batch_norm == "train"
+        written = freeze_batch_norms(copy.deepcopy(module), model.family) if thawed else module
+        save_model(written, model, folder, chosen, metrics)
+
+    return save
+
+
+def _start(out: Path, source: Source, chosen: Recipe, data: DataSource, *, resume: bool) -> None:
+    """A new run folder with `run.json`; with `resume`, the old one if it is the same run."""
+    told: dict[str, Any] = {
+        "model": source.model,
+        "data": str(data.path),
+        "train_split": data.train,
+        "split": data.split,
+        "recipe": chosen.to_dict(),
+    }
+    path = out / "run.json"
+    if not resume:
+        write_json(new_folder(out) / "run.json", told)
+        return
+    if not path.exists():
+        raise RunError(f"{out}: holds no run to resume (no run.json); run without --resume")
+    if changed := _changes(json.loads(path.read_text(encoding="utf-8")), told):
+        raise RunError(f"{out}: --resume with other settings than the run began with: {', '.join(changed)}")
+
+
+def _changes(before: Any, after: Any, where: str = "") -> list[str]:
+    """Dotted paths at which two JSON values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        return [
+            x for key in keys for x in _changes(before.get(key), after.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if before == after else [where]
+
+
+def _predicted(model: Model, path: Path, threshold: float, where: torch.device) -> PredictedImage:
+    names = model.detector.class_names
+    labels = tuple(sorted(names))
+    batch = single_image(path, model.detector.processor).to(where)
+    (found,) = detect(model.module, model.family, batch, labels)
+    kept = found.scores >= threshold
+    return PredictedImage(
+        path=path,
+        boxes=found.boxes[kept].tolist(),
+        scores=found.scores[kept].tolist(),
+        classes=[names[labels[label]] for label in found.labels[kept]],
+    )
