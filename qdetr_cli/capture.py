@@ -147,11 +147,9 @@ def _export(attention: nn.Module, arguments: Arguments) -> ExportedProgram:
 
 def _free_sides(value: Any) -> Any:
     """Which sides of an argument stay free: all but those of 1. Export finds out which the weights fix."""
-    return (
-        {axis: Dim.AUTO for axis, side in enumerate(value.shape) if side > 1}
-        if isinstance(value, Tensor)
-        else None
-    )
+    if not isinstance(value, Tensor):
+        return None
+    return {axis: Dim.AUTO for axis, side in enumerate(value.shape) if side > 1}
 
 
 def _source(graph: fx.Graph, node: fx.Node, inputs: dict[str, Any], owned: dict[str, str]) -> Any:
@@ -193,9 +191,7 @@ def with_quantizers(graph: fx.Graph, slots: Iterable[str], heads: int) -> fx.Gra
     (softmax,) = [node for node in graph.nodes if node.target is SOFTMAX]
     scores = _nearest_product(softmax, lambda node: node.all_input_nodes)
     mixed = _nearest_product(softmax, lambda node: node.users)
-    assert softmax in _first_inputs(_node(mixed.args[0])), (
-        "the probabilities are not the left operand of their product"
-    )
+    assert softmax in _first_inputs(_node(mixed.args[0])), "softmax is not the left operand of its product"
     operands = {"q": (scores, 0), "k": (scores, 1), "v": (mixed, 1)}
     for slot in slots:
         if slot == "probs":
@@ -211,19 +207,14 @@ def with_quantizers(graph: fx.Graph, slots: Iterable[str], heads: int) -> fx.Gra
 
 def _quantizer(graph: fx.Graph, node: fx.Node, slot: str, heads: int) -> fx.Node:
     """The quantized value of `node`: (B, N, .., ..), or (B * N, .., ..) that is unfolded and folded again."""
+    unfolded = next(each for each in _first_inputs(node) if _rank(each) == 4)  # itself, or upstream
+    assert unfolded.meta["val"].shape[1] == heads, f"{node}: heads are not on axis 1, not even upstream"
     with graph.inserting_before(node.next):
-        if _rank(node) == 4:
+        if unfolded is node:
             return graph.call_module(f"{slot}_quantizer", (node,))
-        _check_heads_inside_batch(node, heads)
         unfolded = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
         quantized = graph.call_module(f"{slot}_quantizer", (unfolded,))
         return graph.call_function(aten.flatten.using_ints, (quantized, 0, 1))
-
-
-def _check_heads_inside_batch(node: fx.Node, heads: int) -> None:
-    """Assert that (B * N, .., ..) was folded from (B, N, .., ..), which lies upstream."""
-    folded = next(each for each in _first_inputs(node) if _rank(each) == 4)
-    assert folded.meta["val"].shape[1] == heads, f"{node}: heads are not on axis 1 before they are folded"
 
 
 def _nearest_product(start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> fx.Node:

@@ -99,6 +99,8 @@ def load_config_model(config: Mapping[str, Any], processor: Mapping[str, Any] | 
 def model_config(detector: Detector) -> dict[str, Any]:
     """The model's transformers config as JSON has it, complete, for a Manifest."""
     content: dict[str, Any] = json.loads(detector.model.config.to_json_string(use_diff=False))
+    content.pop("_name_or_path", None)  # a place on the machine that made it
+    content.pop("_name_or_path", None)  # a path of the machine that it was loaded on
     return content
 
 

@@ -21,8 +21,8 @@ def class_index(detector: Detector, data: DetectionData) -> tuple[int, ...] | No
     """For each data-set label the model's class index; None when the model does not know the classes.
 
     Names decide (case apart, VOC's spelling of COCO's classes accepted). A checkpoint that has no names, only
-    numbers (LABEL_0 of transformers, "class 0" of an original file), is read by position: the order of classes,
-    or COCO's category ids for heads that reach them.
+    numbers (LABEL_0 of transformers, "class 0" of an original file), is read by position: the order of
+    classes, or COCO's category ids for heads that reach them.
     """
     by_name = {name.lower(): index for index, name in detector.class_names.items()}
     wanted = [_spelling(name, by_name) for name in data.class_names]

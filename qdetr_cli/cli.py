@@ -45,8 +45,10 @@ Data = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option("--images", help="The image folder of a COCO json.")]
 Out = Annotated[Path, typer.Option("--out", "-o", show_default=False, help="The folder to write; a new one.")]
-Split = Annotated[str, typer.Option("--split", help="The split to measure on.")]
-TrainSplit = Annotated[str, typer.Option("--train-split", help="The split to calibrate and train on.")]
+Split = Annotated[str, typer.Option("--split", help="The split to measure on, or a COCO json.")]
+TrainSplit = Annotated[
+    str, typer.Option("--train-split", help="The split to calibrate and train on, or a COCO json.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 Set = Annotated[
     list[str] | None,
@@ -221,7 +223,7 @@ def evaluate(
         bool, typer.Option("--ladder", help="AP as module groups are quantized one by one.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write metrics, table and plot there.")
+        Path | None, typer.Option("--out", "-o", help="A new folder for metrics.json and ladder.png.")
     ] = None,
     batch_size: BatchSize = 16,
     workers: Workers = 2,
@@ -244,6 +246,7 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
         metrics=tuple(metric or ()),
+        out=out,
         plugins=plugins or (),
         device=device,
         listener=page,
@@ -277,6 +280,7 @@ def predict(
         models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
         images,
         threshold=threshold,
+        out=out,
         plugins=plugins or (),
         device=device,
         listener=page,
@@ -343,9 +347,12 @@ def recipe_check(
     json: Json = False,
 ) -> None:
     """Read a recipe, list every fault, and print it with everything that it extends."""
+    from qdetr_cli import plugins as registry
     from qdetr_cli import recipe, report
 
-    report.Page(json=json).recipe(recipe.load_recipe(file, set_ or ()))
+    read = recipe.load_recipe(file, set_ or ())
+    registry.load([*(plugins or ()), *map(Path, read.plugins)])
+    report.Page(json=json).recipe(read)
 
 
 @recipe_app.command("new")

@@ -20,12 +20,13 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None
     for conv_path, norm_path in pairs:
         conv = model.get_submodule(conv_path)
         assert isinstance(conv, nn.Conv2d)
-        scale, shift = affine(model.get_submodule(norm_path), conv.out_channels)
+        norm = model.get_submodule(norm_path)
+        scale, shift = affine(norm, conv.out_channels)
         bias = shift if conv.bias is None else shift + scale * conv.bias.double()
         weight = conv.weight.double() * scale[:, None, None, None]  # (D_out, D_in / groups, h, w)
         conv.weight.copy_(weight)
         conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
-        model.set_submodule(norm_path, nn.Identity())
+        model.set_submodule(norm_path, nn.Identity().train(norm.training))
 
 
 def affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,7 @@ def save_checkpoint(folder: Path, model: nn.Module, manifest: Manifest) -> None:
     text = json.dumps(manifest.to_dict(), indent=2, allow_nan=False)
     with atomic_folder(folder) as draft:
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        (draft / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

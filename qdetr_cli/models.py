@@ -1,6 +1,6 @@
 """A model in memory: opened from anywhere, rewritten under a recipe, fitted to the classes of data, saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from qdetr_cli import __version__, plugins
 from qdetr_cli.checkpoint import Detector, load_config_model, load_float, model_config, with_classes
 from qdetr_cli.classes import class_index, missing_classes
 from qdetr_cli.data import DetectionData
-from qdetr_cli.errors import CheckpointError, DataError, RunError
+from qdetr_cli.errors import CheckpointError, DataError, RecipeError, RunError
 from qdetr_cli.families import Family
 from qdetr_cli.manifest import Manifest, is_qdetr_folder, load_weights, read_manifest, save_checkpoint
 from qdetr_cli.metrics import Metrics
@@ -69,7 +69,9 @@ def open_model(source: Source, say: Say) -> Model:
             say(note)
         return Model(detector=detector)
     if source != Source(source.model):
-        raise CheckpointError(f"{source.model}: heads, dilation and pre-norm can only be set for an original .pth")
+        raise CheckpointError(
+            f"{source.model}: heads, dilation and pre-norm can only be set for an original .pth"
+        )
     if folder != Path(source.model):
         say(f"{source.model}: reading {folder.name}/")
     manifest = read_manifest(folder)
@@ -89,7 +91,7 @@ def quantized(model: Model, recipe: Recipe, size: tuple[int, int], say: Say) -> 
     plan = make_plan(recipe, facts)
     for line in (*facts.notes, *plan.skipped):
         say(line)
-    rewrite(model.module, plan, facts, model.family)
+    rewrite(model.module, plan, facts)
     return replace(model, facts=facts, plan=plan, recipe=recipe)
 
 
@@ -126,6 +128,16 @@ def known_classes(model: Model, data: DetectionData) -> tuple[int, ...]:
 def trace_size(model: Model, given: tuple[int, int] | None = None) -> tuple[int, int]:
     """The (H, W) at which facts are found: as given, or what the processor makes of a square image."""
     return given or model.detector.processor.output_size(640, 640)
+
+
+def check_scales(model: Model, scales: Sequence[int]) -> None:
+    """Raise RecipeError for squares that a family with a feature pyramid cannot halve to its last stride."""
+    stride = max(getattr(model.detector.model.config, "feat_strides", (1,)))
+    odd = [str(scale) for scale in scales if scale % stride]
+    if model.family.squash and odd:
+        raise RecipeError(
+            f"train.augment.scales: {', '.join(odd)}: {model.family.name} needs multiples of {stride}"
+        )
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -194,17 +206,17 @@ def _fake_quant(folder: Path, manifest: Manifest, source: Source, say: Say) -> M
     recipe = recipe_from_dict(manifest.recipe, source=str(folder))
     _load_plugins(recipe, source, say)
     facts, plan = GraphFacts.from_dict(manifest.facts), Plan.from_dict(manifest.plan)
-    rewrite(detector.model, plan, facts, detector.family)
+    rewrite(detector.model, plan, facts)
     load_weights(folder, detector.model)
     return Model(detector=detector, facts=facts, plan=plan, recipe=recipe)
 
 
 def _load_plugins(recipe: Recipe, source: Source, say: Say) -> None:
-    """The plugin folders of a checkpoint's recipe; one that has moved is said, for `--plugins` may name it."""
+    """The plugin folders of a checkpoint's recipe; one that has moved is said: `--plugins` may name it."""
     folders = [Path(each) for each in recipe.plugins]
     for folder in folders:
         if not folder.is_dir():
-            say(f"warning: {source.model}: its plugin folder {folder} is gone; name its new place with --plugins")
+            say(f"warning: {source.model}: its plugin folder {folder} is gone; name the new with --plugins")
     plugins.load([folder for folder in folders if folder.is_dir()])
 
 

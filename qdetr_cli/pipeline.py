@@ -1,10 +1,9 @@
 """The story: load, plan, rewrite, calibrate, fit, evaluate. Each command is one function here."""
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from qdetr_cli.metrics import Metrics
 from qdetr_cli.models import (
     Model,
     Source,
+    check_scales,
     fitted_to,
     known_classes,
     must_be_float,
@@ -35,8 +35,8 @@ from qdetr_cli.models import (
     trace_size,
 )
 from qdetr_cli.plan import Plan, make_plan
-from qdetr_cli.recipe import Recipe, load_recipe
-from qdetr_cli.runs import new_folder, write_json
+from qdetr_cli.recipe import QuantFormat, Recipe, load_recipe
+from qdetr_cli.runs import begin_run, check_free, check_new, resumes
 from qdetr_cli.trace import GraphFacts, trace
 from qdetr_cli.train import Fit, Trainer, Watch
 
@@ -192,9 +192,11 @@ def finetune(
     extra = [] if teacher is None else [f"distill.teacher={teacher}"]
     chosen, where = _recipe(recipe, [*overrides, *extra], plugins), torch_device(device)
     settings = _settings(source, chosen, data)
-    resume = resume and _resumes(out, settings, listener)
-    if not resume:
-        _check_free(out)
+    if resume and not resumes(out, settings):
+        listener.say(f"{out}: was stopped before its first checkpoint, so it begins again")
+        resume = False
+    elif not resume:
+        check_free(out)
     training = _open(data, data.train, listener)
     evaluation = _measured_on(data, training, listener)
     opened = open_model(source, listener.say)
@@ -217,7 +219,7 @@ def finetune(
         watch=listener,
     )
     if not resume:
-        _begin(out, settings)
+        begin_run(out, settings)
     with listener.training():
         fit = trainer.fit(resume=resume)
     return Finetuned(folder=out, plan=model.plan, fit=fit)
@@ -231,12 +233,19 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 2,
     metrics: tuple[str, ...] = (),
+    out: Path | None = None,
     plugins: Sequence[Path] = (),
     device: str = "auto",
     listener: Listener,
 ) -> Evaluated:
-    """AP on a split, and with `ladder` the AP as module groups are quantized one after another."""
+    """AP on a split, and with `ladder` the AP as module groups are quantized one after another.
+
+    `out`, where the caller will write, and the metric plugins are checked before anything slow.
+    """
     _load_plugins(plugins)
+    _check_metrics(metrics)
+    if out is not None:
+        check_new(out)
     where = torch_device(device)
     evaluation = _open(data, data.split, listener)
     model = open_model(source, listener.say)
@@ -264,12 +273,15 @@ def predict(
     paths: Sequence[Path],
     *,
     threshold: float = 0.5,
+    out: Path | None = None,
     plugins: Sequence[Path] = (),
     device: str = "auto",
     listener: Listener,
 ) -> tuple[PredictedImage, ...]:
-    """The objects on images, and on all images of folders."""
+    """The objects on images, and on all images of folders. `out`, where the caller will write, is checked."""
     _load_plugins(plugins)
+    if out is not None:
+        check_new(out)
     where = torch_device(device)
     files = image_files(paths)
     model = open_model(source, listener.say)
@@ -308,25 +320,64 @@ def bench_of(
 
 
 def _recipe(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> Recipe:
+    """The recipe with its plugins and those of the flag loaded; a checkpoint remembers where both lie."""
     chosen = load_recipe(name, overrides)
-    _load_plugins([*folders, *(Path(each) for each in chosen.plugins)])
-    return chosen
+    named = [*folders, *(Path(each) for each in chosen.plugins)]
+    _load_plugins(named)
+    if chosen.rules and chosen.train.batch_norm == "train":
+        raise RecipeError(
+            f"{name}: train.batch_norm: train has no effect under quantization, where batch norms are "
+            "folded; remove it"
+        )
+    return chosen.model_copy(update={"plugins": tuple(dict.fromkeys(str(each.resolve()) for each in named))})
+
+
+def _fake_quant_inspection(
+    model: Model, facts: GraphFacts, source: Source, wanted: tuple[int, int] | None
+) -> Inspection:
+    """What a fake-quant checkpoint says of itself; its plan holds the size that it was made at."""
+    if wanted not in (None, facts.size):
+        raise RunError(
+            f"--size: {source.model} is a fake-quant checkpoint, planned at {facts.size[0]}x{facts.size[1]}; "
+            "inspect the float checkpoint at another size"
+        )
+    return Inspection(detector=model.detector, facts=facts, plan=model.plan, recipe=model.recipe)
 
 
 def _load_plugins(folders: Sequence[Path]) -> None:
     plugins.load(folders)
 
 
+def _check_metrics(names: Sequence[str]) -> None:
+    for name in names:
+        plugins.get("metric", name)
+
+
 def _open(data: DataSource, split: str, listener: Listener) -> DetectionData:
-    opened = open_data(data.path, split=split, images=data.images)
+    """A split that is ready to be read. A split that ends in .json is a COCO file of its own."""
+    path = Path(split) if split.endswith(".json") else data.path
+    opened = open_data(path, split=split, images=data.images)
     check_images(opened)
     listener.say(
-        f"{data.path}: {opened.kind.upper()}, split {split}, {len(opened.records)} images, "
+        f"{path}: {opened.kind.upper()}, split {opened.split}, {len(opened.records)} images, "
         f"{len(opened.class_names)} classes"
     )
     for what, count in opened.warnings.items():
-        listener.say(f"warning: {split}: {what}: {count}")
+        listener.say(f"warning: {opened.split}: {what}: {count}")
     return opened
+
+
+def _measured_on(data: DataSource, training: DetectionData, listener: Listener) -> DetectionData:
+    """The split to measure on; images that are trained on too are said, for the AP is then too high."""
+    evaluation = _open(data, data.split, listener)
+    seen = {record.image.resolve() for record in training.records}
+    shared = sum(record.image.resolve() in seen for record in evaluation.records)
+    if shared:
+        listener.say(
+            f"warning: {shared} of {len(evaluation.records)} images to measure on are in the training split "
+            "too: the AP says little about new images; name another --split"
+        )
+    return evaluation
 
 
 def _ap(
@@ -376,10 +427,6 @@ def _under(
         if chosen.train.batch_norm == "train":
             thaw_batch_norms(model.module, model.family)
         return model
-    if chosen.train.batch_norm == "train":
-        raise RecipeError(
-            "train.batch_norm: train has no effect under quantization, where batch norms are folded"
-        )
     model = quantized(model, chosen, trace_size(model), listener.say)
     if not resume:
         _calibrate(model, data, where, listener)
@@ -390,24 +437,48 @@ def _continued(chosen: Recipe, model: Model, source: Source) -> Model:
     """A fake-quant checkpoint trained on: its plan stands, so the recipe must give the same one."""
     assert model.facts is not None
     assert model.plan is not None
-    if make_plan(chosen, model.facts).to_dict()["modules"] != model.plan.to_dict()["modules"]:
+    if not chosen.rules:
+        raise RunError(f"{source.model}: is a fake-quant checkpoint, and this recipe quantizes nothing")
+    plan = make_plan(chosen, model.facts)
+    if _formats(plan) != _formats(model.plan):
         raise RunError(
             f"{source.model}: was quantized under another plan than this recipe gives; use the recipe it was "
             "quantized with, or start from the float checkpoint"
         )
-    return model
+    return replace(model, plan=plan, recipe=chosen)
 
 
-def _teacher(chosen: Recipe, model: Model, listener: Listener) -> nn.Module | None:
-    """The float teacher that the recipe asks for: a copy of the model, or another checkpoint."""
+def _formats(plan: Plan) -> dict[tuple[str, str], QuantFormat]:
+    """(module path, slot) -> format of all that a plan quantizes."""
+    return {
+        (module.path, slot.slot): slot.format
+        for module in plan.modules
+        for slot in module.slots
+        if slot.format is not None
+    }
+
+
+def _teacher(chosen: Recipe, model: Model, listener: Listener, *, new_head: bool) -> nn.Module | None:
+    """The float teacher that the recipe asks for: a copy of the model, or another checkpoint.
+
+    A model whose class head is new knows nothing to teach: then there is no teacher, and that is said.
+    """
     if not chosen.distill.terms or chosen.distill.teacher is None:
         return None
     if chosen.distill.teacher != "float":
-        teacher = open_model(Source(chosen.distill.teacher), listener.say)
+        source = Source(chosen.distill.teacher)
+        teacher = open_model(source, listener.say)
+        must_be_float(teacher, source)
         _same_classes(model.detector, teacher.detector)
         return teacher.module
     if model.plan is not None:
         raise RunError("distill.teacher: float needs a float MODEL; name the float checkpoint with --teacher")
+    if new_head:
+        listener.say(
+            "warning: no teacher, because its class head would be new too; better fine-tune in float on this "
+            "data first (--recipe float), then under this recipe"
+        )
+        return None
     return copy.deepcopy(model.module)
 
 
@@ -420,6 +491,7 @@ def _same_classes(student: Detector, teacher: Detector) -> None:
 
 
 def _images(model: Model, data: DetectionData, chosen: Recipe) -> ImageSet:
+    check_scales(model, chosen.train.augment.scales)
     return ImageSet(
         data,
         model.detector.processor,
@@ -440,33 +512,15 @@ def _saver(model: Model, chosen: Recipe) -> Callable[[nn.Module, Path, Metrics |
     return save
 
 
-def _start(out: Path, source: Source, chosen: Recipe, data: DataSource, *, resume: bool) -> None:
-    """A new run folder with `run.json`; with `resume`, the old one if it is the same run."""
-    told: dict[str, Any] = {
+def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any]:
+    """What `run.json` holds, and what a resumed run must agree with."""
+    return {
         "model": source.model,
         "data": str(data.path),
         "train_split": data.train,
         "split": data.split,
         "recipe": chosen.to_dict(),
     }
-    path = out / "run.json"
-    if not resume:
-        write_json(new_folder(out) / "run.json", told)
-        return
-    if not path.exists():
-        raise RunError(f"{out}: holds no run to resume (no run.json); run without --resume")
-    if changed := _changes(json.loads(path.read_text(encoding="utf-8")), told):
-        raise RunError(f"{out}: --resume with other settings than the run began with: {', '.join(changed)}")
-
-
-def _changes(before: Any, after: Any, where: str = "") -> list[str]:
-    """Dotted paths at which two JSON values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(set(before) | set(after))
-        return [
-            x for key in keys for x in _changes(before.get(key), after.get(key), f"{where}.{key}".strip("."))
-        ]
-    return [] if before == after else [where]
 
 
 def _predicted(model: Model, path: Path, threshold: float, where: torch.device) -> PredictedImage:

@@ -33,7 +33,7 @@ def plot_ladder(rungs: Sequence[Rung], path: Path) -> None:
     """Bars of AP50(voc-area), one per rung: cumulative, each group alone, and all but each."""
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(rungs) + 1.2), layout="constrained")
     names = [rung.name for rung in rungs]
-    values = [100 * rung.metrics.ap50_voc_area for rung in rungs]
+    values = [100 * max(0.0, rung.metrics.ap50_voc_area) for rung in rungs]  # -1: nothing to measure on
     bars = axes.barh(range(len(rungs)), values, color=[KIND_COLORS[rung.kind] for rung in rungs])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set_yticks(range(len(rungs)), names)

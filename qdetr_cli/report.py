@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,10 +60,11 @@ class Page:
 
     def __init__(self, *, json: bool = False, tensorboard: Path | None = None) -> None:
         self.json = json
-        self.console = Console(stderr=json, soft_wrap=False)
+        self.console = Console(stderr=json, soft_wrap=False, emoji=False)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._writer = _tensorboard(tensorboard)
+        self._new_writer = _tensorboard(tensorboard)
+        self._writer: Any = None
 
     # --- while it happens (pipeline.Listener) ---
 
@@ -80,6 +82,7 @@ class Page:
     @contextmanager
     def training(self) -> Iterator[None]:
         """A bar that follows the steps of a training, with its loss terms."""
+        self._writer = self._new_writer()
         with _bar(self.console) as bar:
             self._progress, self._task = bar, bar.add_task("fine-tune", total=None, terms="")
             try:
@@ -172,6 +175,8 @@ class Page:
         self._warnings(result.warnings)
         self._comparison({f"{result.split} ({result.images} images)": result.metrics})
         self._per_class(result.metrics)
+        for name, numbers in result.metrics.to_dict()["plugins"].items():
+            self.say(f"{name}: {', '.join(f'{key} {value}' for key, value in numbers.items())}")
         if result.ladder:
             self._ladder(result.ladder)
         if out is not None:
@@ -248,9 +253,7 @@ class Page:
     # --- parts ---
 
     def _object(self, body: Mapping[str, Any]) -> None:
-        Console().print(
-            json_module.dumps(body, indent=2, allow_nan=False), soft_wrap=True, markup=False, highlight=False
-        )
+        sys.stdout.write(json_module.dumps(body, indent=2, allow_nan=False) + "\n")
 
     def _comparison(self, rows: Mapping[str, Metrics]) -> None:
         table = Table()
@@ -344,19 +347,26 @@ def demo_dict(result: Demo) -> dict[str, Any]:
 
 
 def ladder_list(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
-    """Each rung with its AP and its delta of AP50(voc-area) to the float rung, as a fraction."""
+    """Each rung with its AP and its delta of AP50(voc-area) to the float rung, as a fraction.
+
+    None where there is no object to measure on.
+    """
     start = rungs[0].metrics.ap50_voc_area
-    return [
-        {
-            "rung": rung.name,
-            "kind": rung.kind,
-            "groups": list(rung.groups),
-            "ap": rung.metrics.ap,
-            "ap50_voc_area": rung.metrics.ap50_voc_area,
-            "delta": rung.metrics.ap50_voc_area - start,
-        }
-        for rung in rungs
-    ]
+    rows = []
+    for rung in rungs:
+        found = rung.metrics.to_dict()
+        area = found["ap50_voc_area"]
+        rows.append(
+            {
+                "rung": rung.name,
+                "kind": rung.kind,
+                "groups": list(rung.groups),
+                "ap": found["ap"],
+                "ap50_voc_area": area,
+                "delta": None if area is None else area - start,
+            }
+        )
+    return rows
 
 
 def prediction_dict(found: PredictedImage) -> dict[str, Any]:
@@ -426,11 +436,12 @@ def _count(value: int) -> str:
     return str(value)
 
 
-def _tensorboard(folder: Path | None) -> Any:
+def _tensorboard(folder: Path | None) -> Callable[[], Any]:
+    """What makes the TensorBoard writer, or None, once the run folder is there; the package is needed now."""
     if folder is None:
-        return None
+        return lambda: None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise RunError('--tensorboard needs TensorBoard: pip install "qdetr[tensorboard]"') from error
-    return SummaryWriter(str(folder))
+    return lambda: SummaryWriter(str(folder))

@@ -11,7 +11,6 @@ from torch import nn
 
 from qdetr_cli.attention import QuantAttention, QuantDeformable, subclass
 from qdetr_cli.capture import Graphs, capture_all, compiled, with_quantizers
-from qdetr_cli.families import Family
 from qdetr_cli.fold import fold_batch_norms
 from qdetr_cli.layers import QuantConv2d, QuantLinear
 from qdetr_cli.plan import ModulePlan, Plan
@@ -20,7 +19,7 @@ from qdetr_cli.recipe import OP_SLOTS, QuantFormat
 from qdetr_cli.trace import AttentionFacts, GraphFacts
 
 
-def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts, family: Family) -> None:
+def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts) -> None:
     """Turn the float model into the fake-quant model of `plan`, in place; nothing is calibrated yet.
 
     `facts` are those of the float model. With every quantizer switched off, outputs are the float model's.
@@ -80,12 +79,12 @@ def _swap_layer(model: nn.Module, module: ModulePlan) -> None:
 
 def _quantize_attention(model: nn.Module, module: ModulePlan, facts: AttentionFacts, graphs: Graphs) -> None:
     """Give the attention module its quantizers, and the forward that uses them."""
-    attention, formats = model.get_submodule(module.path), _formats(module)
-    device = next(attention.parameters()).device
+    attention: Any = model.get_submodule(module.path)
+    formats = _formats(module)
     for slot in OP_SLOTS[module.op]:
         axis = 2 if (module.op, slot) == ("deformable", "probs") else 1  # (B, Q, N, points), else (B, N, ..)
-        quantizer = slot in formats and _quantizer(formats[slot], axis, facts.heads).to(device)
-        setattr(attention, f"{slot}_quantizer", quantizer or None)
+        quantizer = _quantizer(formats[slot], axis, facts.heads) if slot in formats else None
+        setattr(attention, f"{slot}_quantizer", quantizer)
     captured = {
         signature: compiled(with_quantizers(graph, formats, facts.heads), attention)
         for signature, graph in graphs.items()
@@ -93,6 +92,7 @@ def _quantize_attention(model: nn.Module, module: ModulePlan, facts: AttentionFa
     mixin = QuantAttention if module.op == "attention" else QuantDeformable
     attention.__class__ = subclass(mixin, attention.__class__)
     vars(attention).update(path=module.path, heads=facts.heads, captured=captured)
+    attention.to(next(attention.parameters()).device).train(attention.training)
 
 
 def _quantizer(format: QuantFormat, axis: int, heads: int) -> FakeQuantizer:

@@ -11,6 +11,8 @@ from typing import Any
 
 from qdetr_cli.errors import RunError
 
+RUN_FILE, JOURNAL_FILE = "run.json", "metrics.jsonl"
+
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
@@ -76,6 +78,31 @@ def new_folder(path: Path) -> Path:
     return path
 
 
+def check_free(out: Path) -> None:
+    """Raise RunError unless a training may begin in `out`: a new folder, or a run without a checkpoint."""
+    if not (out / RUN_FILE).exists() or (out / "last").exists():
+        check_new(out)
+
+
+def begin_run(out: Path, settings: Mapping[str, Any]) -> None:
+    """Mark `out` as the folder of this training, once nothing cheap can go wrong any more."""
+    (out / JOURNAL_FILE).unlink(missing_ok=True)
+    write_json(out / RUN_FILE, settings)
+
+
+def resumes(out: Path, settings: Mapping[str, Any]) -> bool:
+    """True if the training in `out` goes on, False if it was stopped before its first checkpoint.
+
+    Raises RunError if there is none, and if it began with other settings (their dotted paths are named).
+    """
+    path = out / RUN_FILE
+    if not path.exists():
+        raise RunError(f"{out}: holds no run to resume (no {RUN_FILE}); run without --resume")
+    if changed := _changes(json.loads(path.read_text(encoding="utf-8")), settings):
+        raise RunError(f"{out}: --resume with other settings than the run began with: {', '.join(changed)}")
+    return (out / "last").exists()
+
+
 class Journal:
     """`metrics.jsonl`: one JSON object a line; `rewind` drops what a resumed run will write again."""
 
@@ -98,6 +125,16 @@ class Journal:
         """Keep only what was written up to and including `step`."""
         kept = [entry for entry in self.entries() if int(entry["step"]) <= step]
         atomic_write(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _changes(before: Any, after: Any, where: str = "") -> list[str]:
+    """Dotted paths at which two JSON values differ."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = sorted(set(before) | set(after))
+        return [
+            x for key in keys for x in _changes(before.get(key), after.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if before == after else [where]
 
 
 def _writable_parent(path: Path) -> Path:

@@ -1,14 +1,11 @@
 """Fine-tuning, float or under quantization: Hungarian loss, distillation, EMA, checkpoints that resume."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +30,7 @@ from qdetr_cli.schedule import (
     random_state,
     restore_random_state,
 )
+from qdetr_cli.signals import Interrupted, stop_signals
 
 STATE = "state.pt"
 LOG_EVERY = 20  # steps between two lines of metrics.jsonl
@@ -70,14 +68,6 @@ class Position:
     seconds: float = 0.0
     best_ap: float = -1.0
     best_step: int = 0
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has written its checkpoint; `number` is the signal that asked."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
-        self.number = number
 
 
 class Trainer:
@@ -127,7 +117,7 @@ class Trainer:
         if resume:
             self._resume()
         last: Metrics | None = None
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             while self.position.step < self.total_steps:
                 self._epoch(stop)
                 if stop:
@@ -348,28 +338,3 @@ def _training_mode(model: nn.Module, train: Train) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is put into, so that a step is finished before the checkpoint is written.
-
-    A second signal falls through to the usual handling. Outside the main thread signals are left alone.
-    """
-    caught: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,6 +13,7 @@ from qdetr_cli.families import family_of
 from qdetr_cli.fold import fold_batch_norms
 from qdetr_cli.layers import QuantConv2d, QuantLinear
 from qdetr_cli.plan import make_plan
+from qdetr_cli.quantizers import FakeQuantizer
 from qdetr_cli.recipe import OP_SLOTS, recipe_from_dict
 from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
 from qdetr_cli.trace import PRODUCTS, GraphFacts, trace
@@ -22,7 +23,7 @@ BITS = {slot: {"bits": 4} for slots in OP_SLOTS.values() for slot in slots}
 
 def float_model(name: str) -> nn.Module:
     """A tiny detector whose weights, biases and statistics are far from their initial zeros and ones."""
-    config = tiny_config(name.removesuffix(", no denoising"))
+    config = tiny_config(name.removesuffix(", no denoising")) | {"dropout": 0.2, "attention_dropout": 0.2}
     if name.endswith("no denoising"):
         config["num_denoising"] = 0
     torch.manual_seed(0)
@@ -51,7 +52,7 @@ def rewritten(name: str) -> tuple:
     family = family_of(model)
     facts = trace(model, family, (64, 96))
     plan = make_plan(recipe_from_dict(all_slots(facts), source="test"), facts)
-    rewrite(model, plan, facts, family)
+    rewrite(model, plan, facts)
     return reference, model, plan, facts
 
 
@@ -149,16 +150,16 @@ def source(node) -> str:
 
 
 def check_all_take_part(name: str) -> None:
-    """In a run: every quantizer is called, in training with masks of padding and denoising too, never on -inf."""
+    """In a run: every quantizer is called, and in training, with padding and denoising, none meets -inf."""
     model = copy.deepcopy(rewritten(name)[1])
     set_enabled(model, None, False)
     largest: dict[str, float] = {}
-    for path, quantizer in quantizers(model).items():
-        quantizer.register_forward_pre_hook(
-            lambda _, args, path=path: largest.update(
-                {path: max(largest.get(path, 0.0), float(args[0].abs().max()))}
-            )
-        )
+
+    def watch(quantizer: FakeQuantizer, args: tuple) -> None:
+        largest[quantizer.path] = max(largest.get(quantizer.path, 0.0), float(args[0].detach().abs().max()))
+
+    for quantizer in quantizers(model).values():
+        quantizer.register_forward_pre_hook(watch)
     run(model, inputs("pixels"), False)
     assert largest.keys() == quantizers(model).keys()
     run(model, inputs("labels"), True)

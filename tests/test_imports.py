@@ -13,7 +13,7 @@ PACKAGE = Path(qdetr_cli.__file__).parent
 LAYERS = (
     ("errors", "coco_names"),
     ("recipe", "plugins", "boxes", "runs", "scenes", "processors"),
-    ("families", "data", "ranges", "samples", "manifest", "schedule", "matching", "fold"),
+    ("families", "data", "ranges", "samples", "manifest", "schedule", "signals", "matching", "fold"),
     ("configs", "batchnorm", "fake_quant", "losses", "metrics", "trace"),
     ("original", "quantizers"),
     ("checkpoint", "layers", "plan", "attention"),

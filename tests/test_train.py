@@ -17,7 +17,8 @@ from qdetr_cli.metrics import measure
 from qdetr_cli.recipe import Augment, Distill, Train
 from qdetr_cli.runs import Journal
 from qdetr_cli.scenes import write_scenes
-from qdetr_cli.train import Interrupted, Trainer
+from qdetr_cli.signals import Interrupted
+from qdetr_cli.train import Trainer
 
 TRAIN = Train(
     steps=6, batch_size=2, lr=1e-3, backbone_lr=1e-3, ema=0.9, workers=0, augment=Augment(color=0.2)

@@ -1,0 +1,99 @@
+"""Measure the shipped recipes on the embedded detectors: float, calibrated (PTQ) and fine-tuned (QAT).
+
+    python -m benchmarks.recipes runs/recipes --models conditional_detr d_fine --recipes w4a4 w2a2 --seeds 0
+
+Each run is what `qdetr demo` does, with its settings (qdetr_cli/demo.py). The averaged weights of the last step are
+measured, never the best evaluation. Rows are added to benchmarks/results/recipes.csv; those that are there are not
+run again.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+from qdetr_cli import pipeline, report
+from qdetr_cli.demo import SETTINGS, TRAIN_IMAGES, VAL_IMAGES, embedded
+from qdetr_cli.pipeline import DataSource
+from qdetr_cli.scenes import write_scenes
+
+RESULTS = Path(__file__).parent / "results" / "recipes.csv"
+PTQ_ONLY = ("w8a8",)  # nothing to train: calibrating is enough
+COLUMNS = ("model", "recipe", "seed", "row", "ap", "ap50_voc_area", "steps", "seconds", "commit", "settings")
+
+
+def main() -> None:
+    """Run what is asked for and not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", nargs="+", default=["conditional_detr", "d_fine"])
+    parser.add_argument("--recipes", nargs="+", default=["w8a8", "w4a4", "w4a4_attn4", "w3a3", "w2a2"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    scenes = arguments.out / "scenes"
+    if not scenes.exists():
+        write_scenes(scenes, train=TRAIN_IMAGES, val=VAL_IMAGES)
+    for model in arguments.models:
+        for recipe in arguments.recipes:
+            for seed in arguments.seeds:
+                measure(model, recipe, seed, arguments)
+
+
+def measure(model: str, recipe: str, seed: int, arguments: argparse.Namespace) -> None:
+    """One recipe on one model with one seed: three rows, float, ptq and qat."""
+    if any(
+        row["model"] == model and row["recipe"] == recipe and row["seed"] == str(seed)
+        for row in rows(arguments.results)
+    ):
+        print(f"{model} {recipe} seed {seed}: measured already", flush=True)
+        return
+    page, data = report.Page(json=True), DataSource(arguments.out / "scenes" / "voc")
+    settings = [*SETTINGS, *arguments.overrides, f"train.seed={seed}", f"calibrate.seed={seed}"]
+    folder = arguments.out / f"{model}-{recipe}-{seed}"
+    common = {"recipe": recipe, "data": data, "overrides": settings, "listener": page}
+    ptq = pipeline.quantize(embedded(model), out=folder / "ptq", **common)
+    found = {"float": ptq.before, "ptq": ptq.after}
+    steps, seconds = 0, 0.0
+    if recipe not in PTQ_ONLY:
+        fit = pipeline.finetune(embedded(model), out=folder / "qat", **common).fit
+        found["qat"], steps, seconds = fit.last, fit.steps, fit.seconds
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    for name, metrics in found.items():
+        row = [model, recipe, seed, name, round(metrics.ap, 4), round(metrics.ap50_voc_area, 4)]
+        trained = name == "qat"
+        extra = [
+            steps if trained else 0,
+            round(seconds) if trained else 0,
+            commit,
+            json.dumps(arguments.overrides),
+        ]
+        print(*row, *extra[:2], flush=True)
+        append(arguments.results, row + extra)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """What has been measured."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: list[object]) -> None:
+    """Add one row, and the header to a new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""A distillation term: the student should be as sure as the teacher that a query holds an object at all.
+
+distill: {teacher: float, terms: {logits: 1.0, boxes: 1.0, agreement: 0.5}}
+plugins: [plugins]
+"""
+
+from torch import Tensor
+
+from qdetr_cli.matching import Predictions
+from qdetr_cli.plugins import register
+
+
+@register("loss", "agreement")
+def agreement(student: Predictions, teacher: Predictions, softmax: bool) -> Tensor:
+    """Return the mean squared difference of the best class score of paired queries, a scalar."""
+    return (_best(student, softmax) - _best(teacher, softmax)).square().mean()
+
+
+def _best(predictions: Predictions, softmax: bool) -> Tensor:
+    """Return the best score of each query, 0..1, (B, Q); softmax families have "no object" as the last class."""
+    logits = predictions.logits.float()
+    scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
+    return scores.amax(-1)
