@@ -2,8 +2,8 @@
 
     python -m benchmarks.recipes runs/recipes --models conditional_detr d_fine --recipes w4a4 w2a2 --seeds 0
 
-Each run is what `qdetr demo` does, with its settings (qdetr_cli/demo.py). The averaged weights of the last step are
-measured, never the best evaluation. Rows are added to benchmarks/results/recipes.csv; those that are there are not
+Each run is what `qdetr demo` does, with its settings (qdetr_cli/demo.py). The averaged weights of the last
+step are measured, never the best evaluation. Rows go to benchmarks/results/recipes.csv; what is there is not
 run again.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qdetr_cli import pipeline, report
 from qdetr_cli.demo import SETTINGS, TRAIN_IMAGES, VAL_IMAGES, embedded
-from qdetr_cli.pipeline import DataSource
+from qdetr_cli.results import DataSource
 from qdetr_cli.scenes import write_scenes
 
 RESULTS = Path(__file__).parent / "results" / "recipes.csv"

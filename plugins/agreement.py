@@ -17,7 +17,7 @@ def agreement(student: Predictions, teacher: Predictions, softmax: bool) -> Tens
 
 
 def _best(predictions: Predictions, softmax: bool) -> Tensor:
-    """Return the best score of each query, 0..1, (B, Q); softmax families have "no object" as the last class."""
+    """Return the best score of each query, 0..1, (B, Q), without the "no object" of softmax families."""
     logits = predictions.logits.float()
     scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
     return scores.amax(-1)

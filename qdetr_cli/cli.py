@@ -153,14 +153,14 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Calibrate: write a fake-quant checkpoint, and tell what it lost."""
-    from qdetr_cli import models, pipeline, report
+    from qdetr_cli import models, pipeline, report, results
 
     page = report.Page(json=json)
     result = pipeline.quantize(
         models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
         recipe=recipe,
         overrides=set_ or (),
-        data=pipeline.DataSource(data, images=images, train=train_split, split=split),
+        data=results.DataSource(data, images=images, train=train_split, split=split),
         out=out,
         measured=measure,
         plugins=plugins or (),
@@ -194,14 +194,14 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Fine-tune under quantization (or in float, with a recipe that quantizes nothing)."""
-    from qdetr_cli import models, pipeline, report
+    from qdetr_cli import models, pipeline, report, results
 
     page = report.Page(json=json, tensorboard=out / "tensorboard" if tensorboard else None)
     result = pipeline.finetune(
         models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
         recipe=recipe,
         overrides=set_ or (),
-        data=pipeline.DataSource(data, images=images, train=train_split, split=split),
+        data=results.DataSource(data, images=images, train=train_split, split=split),
         out=out,
         teacher=teacher,
         resume=resume,
@@ -236,12 +236,12 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """AP, AP per class, and with --ladder per-module AP deltas."""
-    from qdetr_cli import models, pipeline, report
+    from qdetr_cli import models, pipeline, report, results
 
     page = report.Page(json=json)
     result = pipeline.evaluate(
         models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
-        data=pipeline.DataSource(data, images=images, split=split),
+        data=results.DataSource(data, images=images, split=split),
         ladder=ladder,
         batch_size=batch_size,
         workers=workers,

@@ -10,20 +10,20 @@ from qdetr_cli.errors import RunError
 from qdetr_cli.evaluate import Rung
 from qdetr_cli.metrics import Metrics
 from qdetr_cli.models import Source, versions
-from qdetr_cli.pipeline import DataSource, Listener, PredictedImage
+from qdetr_cli.results import DataSource, Listener, PredictedImage
 from qdetr_cli.runs import new_folder
 from qdetr_cli.scenes import write_scenes
 
 MODELS = Path(__file__).parent / "demo_assets" / "models"
-TRAIN_IMAGES, VAL_IMAGES, SHOWN_IMAGES = 4000, 500, 8
+TRAIN_IMAGES, VAL_IMAGES, SHOWN_IMAGES = 16_000, 500, 8
 # What suits a small detector and minutes instead of a large one and hours; --set goes over it.
 SETTINGS = (
     "calibrate.images=256",
     "calibrate.batch_size=32",
     "train.steps=500",
     "train.batch_size=32",
-    "train.lr=2.0e-4",
-    "train.backbone_lr=2.0e-4",
+    "train.lr=3.0e-4",
+    "train.backbone_lr=3.0e-4",
     "train.warmup_steps=25",
     "train.ema=0.99",
     "train.eval_every=1000",

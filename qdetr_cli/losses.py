@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from qdetr_cli import plugins
 from qdetr_cli.boxes import cxcywh_to_xyxy, giou
 from qdetr_cli.data import Batch
+from qdetr_cli.errors import DivergedError
 from qdetr_cli.families import Family
 from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
 
@@ -136,6 +137,8 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
     ) -> Any:
         if read_layers:
             stacks = auxiliary_predictions(model, layers, decoder[-1])
+        if not (logits.isfinite().all() and boxes.isfinite().all()):
+            raise DivergedError("the predictions are not finite")  # the matcher would not say so
         with torch.autocast(device_type=torch.device(device).type, enabled=False):
             floats = [None if stack is None else stack.float() for stack in stacks]
             rest = {name: _as_float(value) for name, value in rest.items()}

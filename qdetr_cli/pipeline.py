@@ -1,19 +1,12 @@
 """The story: load, plan, rewrite, calibrate, fit, evaluate. Each command is one function here."""
 
-import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from qdetr_cli import plugins
-from qdetr_cli.batchnorm import freeze_batch_norms, thaw_batch_norms
-from qdetr_cli.calibrate import calibrate
-from qdetr_cli.checkpoint import Detector
 from qdetr_cli.data import DetectionData, ImageSet, check_images, image_files, open_data, single_image
 from qdetr_cli.errors import RecipeError, RunError
 from qdetr_cli.evaluate import Bench, Rung, detect
@@ -23,7 +16,6 @@ from qdetr_cli.metrics import Metrics
 from qdetr_cli.models import (
     Model,
     Source,
-    check_scales,
     fitted_to,
     known_classes,
     must_be_float,
@@ -34,87 +26,21 @@ from qdetr_cli.models import (
     torch_device,
     trace_size,
 )
-from qdetr_cli.plan import Plan, make_plan
-from qdetr_cli.recipe import QuantFormat, Recipe, load_recipe
+from qdetr_cli.plan import make_plan
+from qdetr_cli.recipe import Recipe, load_recipe
+from qdetr_cli.results import (
+    DataSource,
+    Evaluated,
+    Finetuned,
+    Inspection,
+    Listener,
+    PredictedImage,
+    Quantized,
+)
 from qdetr_cli.runs import begin_run, check_free, check_new, resumes
+from qdetr_cli.student import calibrated, saver, teacher_of, training_images, under_recipe
 from qdetr_cli.trace import GraphFacts, trace
-from qdetr_cli.train import Fit, Trainer, Watch
-
-Advance = Callable[[int], None]
-
-
-class Listener(Watch, Protocol):
-    """Who is told what happens, while it happens."""
-
-    def say(self, text: str) -> None:
-        """Something that the user should know."""
-
-    def training(self) -> AbstractContextManager[None]:
-        """A progress bar that follows `stepped`."""
-
-    def progress(self, what: str, total: int) -> AbstractContextManager[Advance]:
-        """A progress bar; the function it gives is told how many are done."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataSource:
-    """Where the data comes from: a root or json, the image folder of a json, and the two splits."""
-
-    path: Path
-    images: Path | None = None
-    train: str = "train"
-    split: str = "val"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inspection:
-    """What `qdetr inspect` found: the graph facts, and the plan of a recipe or of a fake-quant checkpoint."""
-
-    detector: Detector
-    facts: GraphFacts
-    plan: Plan | None
-    recipe: Recipe | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """What `qdetr quantize` made: metrics before and after (None: not measured), and silent quantizers."""
-
-    folder: Path
-    plan: Plan
-    silent: tuple[str, ...]
-    before: Metrics | None
-    after: Metrics | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finetuned:
-    """What `qdetr finetune` made, and the plan it trained under (None for a float training)."""
-
-    folder: Path
-    plan: Plan | None
-    fit: Fit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """What `qdetr eval` measured; `ladder` is empty unless asked for."""
-
-    metrics: Metrics
-    images: int
-    split: str
-    ladder: tuple[Rung, ...]
-    warnings: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictedImage:
-    """The objects of one image above the threshold: boxes (K, 4) xyxy in pixels, scores and class names."""
-
-    path: Path
-    boxes: list[list[float]]
-    scores: list[float]
-    classes: list[str]
+from qdetr_cli.train import Trainer
 
 
 def inspect(
@@ -168,7 +94,7 @@ def quantize(
     model.module.to(where)
     before = None if evaluation is None else _ap(model, evaluation, where, "float", listener)
     model = quantized(model, chosen, trace_size(model), listener.say)
-    silent = _calibrate(model, training, where, listener)
+    silent = calibrated(model, training, where, listener)
     after = None if evaluation is None else _ap(model, evaluation, where, "calibrated", listener)
     save_model(model.module, model, out, chosen, after)
     assert model.plan is not None
@@ -202,17 +128,17 @@ def finetune(
     opened = open_model(source, listener.say)
     model = fitted_to(opened, training, listener.say)
     known_classes(model, evaluation)
-    mentor = _teacher(chosen, model, listener, new_head=model is not opened)
+    mentor = teacher_of(chosen, model, listener, new_head=model is not opened)
     model.module.to(where)
-    model = _under(chosen, model, source, training, where, listener, resume=resume)
+    model = under_recipe(chosen, model, source, training, where, listener, resume=resume)
     trainer = Trainer(
         model.module,
         model.family,
         train=chosen.train,
         distill=chosen.distill,
-        images=_images(model, training, chosen),
+        images=training_images(model, training, chosen),
         folder=out,
-        save=_saver(model, chosen),
+        save=saver(model, chosen),
         evaluate=lambda module: _ap(model, evaluation, where, "evaluate", listener, quiet=True),
         teacher=mentor,
         device=str(where),
@@ -394,122 +320,6 @@ def _ap(
         return measure(model.module, model.family, bench, device=where)
     with listener.progress(what, len(bench.images)) as advance:
         return measure(model.module, model.family, bench, device=where, advance=advance)
-
-
-def _calibrate(model: Model, data: DetectionData, where: torch.device, listener: Listener) -> tuple[str, ...]:
-    """Calibrate in place; the quantizers that saw nothing are said and given back."""
-    assert model.recipe is not None
-    spec = model.recipe.calibrate
-    images = ImageSet(
-        data, model.detector.processor, known_classes(model, data), augment=None, seed=spec.seed
-    )
-    with listener.progress("calibrate", min(spec.images, len(images))) as advance:
-        silent = calibrate(model.module, images, spec, device=where, advance=advance)
-    for path in silent:
-        listener.say(f"warning: {path} saw no value in calibration and keeps the smallest step")
-    return silent
-
-
-def _under(
-    chosen: Recipe,
-    model: Model,
-    source: Source,
-    data: DetectionData,
-    where: torch.device,
-    listener: Listener,
-    *,
-    resume: bool,
-) -> Model:
-    """The model that is trained: under the rules and calibrated, or float with live or frozen batch norms."""
-    if model.plan is not None:
-        return _continued(chosen, model, source)
-    if not chosen.rules:
-        if chosen.train.batch_norm == "train":
-            thaw_batch_norms(model.module, model.family)
-        return model
-    model = quantized(model, chosen, trace_size(model), listener.say)
-    if not resume:
-        _calibrate(model, data, where, listener)
-    return model
-
-
-def _continued(chosen: Recipe, model: Model, source: Source) -> Model:
-    """A fake-quant checkpoint trained on: its plan stands, so the recipe must give the same one."""
-    assert model.facts is not None
-    assert model.plan is not None
-    if not chosen.rules:
-        raise RunError(f"{source.model}: is a fake-quant checkpoint, and this recipe quantizes nothing")
-    plan = make_plan(chosen, model.facts)
-    if _formats(plan) != _formats(model.plan):
-        raise RunError(
-            f"{source.model}: was quantized under another plan than this recipe gives; use the recipe it was "
-            "quantized with, or start from the float checkpoint"
-        )
-    return replace(model, plan=plan, recipe=chosen)
-
-
-def _formats(plan: Plan) -> dict[tuple[str, str], QuantFormat]:
-    """(module path, slot) -> format of all that a plan quantizes."""
-    return {
-        (module.path, slot.slot): slot.format
-        for module in plan.modules
-        for slot in module.slots
-        if slot.format is not None
-    }
-
-
-def _teacher(chosen: Recipe, model: Model, listener: Listener, *, new_head: bool) -> nn.Module | None:
-    """The float teacher that the recipe asks for: a copy of the model, or another checkpoint.
-
-    A model whose class head is new knows nothing to teach: then there is no teacher, and that is said.
-    """
-    if not chosen.distill.terms or chosen.distill.teacher is None:
-        return None
-    if chosen.distill.teacher != "float":
-        source = Source(chosen.distill.teacher)
-        teacher = open_model(source, listener.say)
-        must_be_float(teacher, source)
-        _same_classes(model.detector, teacher.detector)
-        return teacher.module
-    if model.plan is not None:
-        raise RunError("distill.teacher: float needs a float MODEL; name the float checkpoint with --teacher")
-    if new_head:
-        listener.say(
-            "warning: no teacher, because its class head would be new too; better fine-tune in float on this "
-            "data first (--recipe float), then under this recipe"
-        )
-        return None
-    return copy.deepcopy(model.module)
-
-
-def _same_classes(student: Detector, teacher: Detector) -> None:
-    if student.family.softmax != teacher.family.softmax or student.class_names != teacher.class_names:
-        raise RunError(
-            f"--teacher {teacher.source}: has other classes than the student; "
-            "fine-tune it in float on this data first"
-        )
-
-
-def _images(model: Model, data: DetectionData, chosen: Recipe) -> ImageSet:
-    check_scales(model, chosen.train.augment.scales)
-    return ImageSet(
-        data,
-        model.detector.processor,
-        known_classes(model, data),
-        augment=chosen.train.augment,
-        seed=chosen.train.seed,
-    )
-
-
-def _saver(model: Model, chosen: Recipe) -> Callable[[nn.Module, Path, Metrics | None], None]:
-    """Writes the trained module as a checkpoint; live batch norms are written frozen."""
-
-    def save(module: nn.Module, folder: Path, metrics: Metrics | None) -> None:
-        thawed = model.plan is None and chosen.train.batch_norm == "train"
-        written = freeze_batch_norms(copy.deepcopy(module), model.family) if thawed else module
-        save_model(written, model, folder, chosen, metrics)
-
-    return save
 
 
 def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qdetr_cli.data import read_image
 from qdetr_cli.evaluate import Rung
-from qdetr_cli.pipeline import PredictedImage
+from qdetr_cli.results import PredictedImage
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

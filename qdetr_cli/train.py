@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from qdetr_cli.data import Batch, ImageSet, collate
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.families import Family
-from qdetr_cli.losses import DetectionLoss, detection_loss, distillation_loss, predictions_of
+from qdetr_cli.losses import detection_loss, distillation_loss, predictions_of
 from qdetr_cli.metrics import Metrics
 from qdetr_cli.recipe import Distill, Train
 from qdetr_cli.runs import Journal, atomic_folder
@@ -66,7 +66,7 @@ class Position:
 
     step: int = 0
     seconds: float = 0.0
-    best_ap: float = -1.0
+    best_ap: float = -2.0  # below the -1 of a split without objects
     best_step: int = 0
 
 
@@ -170,9 +170,10 @@ class Trainer:
         return {name: float(value) for name, value in totals.items()} | {"lr": self.train.lr * scale}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        detection: DetectionLoss = detection_loss(
-            self.wrapped, self.family, batch, auxiliary=self.train.auxiliary
-        )
+        try:
+            detection = detection_loss(self.wrapped, self.family, batch, auxiliary=self.train.auxiliary)
+        except DivergedError as error:
+            raise self._diverged(str(error)) from error
         if self.teacher is None or not self.distill.terms:
             return detection.total, detection.terms
         with torch.no_grad():
@@ -186,10 +187,7 @@ class Trainer:
         """Clip, step, and move the average."""
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.clip or math.inf)
         if self.train.precision != "fp16" and not math.isfinite(float(norm)):
-            raise DivergedError(
-                f"step {self.position.step}: the gradient is not finite in {self._broken(gradient=True)}; "
-                "lower train.lr or give that module more bits"
-            )
+            raise self._diverged("the gradient is not finite", gradient=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
@@ -197,13 +195,15 @@ class Trainer:
             self.average.update(self.model)
 
     def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        if math.isfinite(loss.item()):
-            return
-        listed = ", ".join(f"{name}={float(value):.4g}" for name, value in terms.items())
-        raise DivergedError(
-            f"step {self.position.step}: the loss is not finite ({listed}); "
-            f"first bad module: {self._broken(gradient=False)}. `last/` holds the evaluation before; "
-            "lower train.lr or give that module more bits"
+        if not math.isfinite(loss.item()):
+            listed = ", ".join(f"{name}={float(value):.4g}" for name, value in terms.items())
+            raise self._diverged(f"the loss is not finite ({listed})")
+
+    def _diverged(self, what: str, *, gradient: bool = False) -> DivergedError:
+        """The error that names the step, what was not finite, the first bad module and the way out."""
+        return DivergedError(
+            f"step {self.position.step}: {what}; first bad module: {self._broken(gradient=gradient)}. "
+            "`last/` holds the evaluation before; lower train.lr, set train.clip or give the module more bits"
         )
 
     def _broken(self, *, gradient: bool) -> str:

@@ -14,7 +14,7 @@ from qdetr_cli.checkpoint import load_float
 from qdetr_cli.errors import CheckpointError, DataError, RecipeError, RunError
 from qdetr_cli.manifest import read_manifest
 from qdetr_cli.models import Source, known_classes, open_model, torch_device, trace_size
-from qdetr_cli.pipeline import DataSource
+from qdetr_cli.results import DataSource
 from qdetr_cli.rewrite import quantizers, set_enabled
 from qdetr_cli.runs import Journal
 

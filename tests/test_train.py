@@ -153,6 +153,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_module(tmp_path, data):
         stopped.fit()
 
 
+def test_predictions_that_are_not_finite_are_no_traceback_of_the_matcher(tmp_path, data):
+    wild = TRAIN.model_copy(update={"lr": 1e30, "backbone_lr": 1e30, "clip": 0.0})
+    with pytest.raises(DivergedError, match=r"step \d: the (predictions are|loss is|gradient is) not finite"):
+        trainer(tmp_path / "a", data, train=wild).fit()
+
+
 def test_live_batch_norms_move_and_frozen_ones_do_not(tmp_path, data):
     for kind in ("train", "frozen"):
         each = trainer(tmp_path / kind, data, train=TRAIN.model_copy(update={"batch_norm": kind, "steps": 2}))

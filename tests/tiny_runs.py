@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.cli import app
-from qdetr_cli.pipeline import Listener
 from qdetr_cli.report import Page
+from qdetr_cli.results import Listener
 
 DIGITS = tuple("0123456789")
 PADDED = {"size": {"shortest_edge": 64, "longest_edge": 96}}

@@ -1,0 +1,91 @@
+"""What a command is given and gives back, and who hears of it on the way."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qdetr_cli.checkpoint import Detector
+from qdetr_cli.evaluate import Rung
+from qdetr_cli.metrics import Metrics
+from qdetr_cli.plan import Plan
+from qdetr_cli.recipe import Recipe
+from qdetr_cli.trace import GraphFacts
+from qdetr_cli.train import Fit, Watch
+
+Advance = Callable[[int], None]
+
+
+class Listener(Watch, Protocol):
+    """Who is told what happens, while it happens."""
+
+    def say(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def training(self) -> AbstractContextManager[None]:
+        """A progress bar that follows `stepped`."""
+
+    def progress(self, what: str, total: int) -> AbstractContextManager[Advance]:
+        """A progress bar; the function it gives is told how many are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """Where the data comes from: a root or json, the image folder of a json, and the two splits."""
+
+    path: Path
+    images: Path | None = None
+    train: str = "train"
+    split: str = "val"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What `qdetr inspect` found: the graph facts, and the plan of a recipe or of a fake-quant checkpoint."""
+
+    detector: Detector
+    facts: GraphFacts
+    plan: Plan | None
+    recipe: Recipe | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What `qdetr quantize` made: metrics before and after (None: not measured), and silent quantizers."""
+
+    folder: Path
+    plan: Plan
+    silent: tuple[str, ...]
+    before: Metrics | None
+    after: Metrics | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetuned:
+    """What `qdetr finetune` made, and the plan it trained under (None for a float training)."""
+
+    folder: Path
+    plan: Plan | None
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """What `qdetr eval` measured; `ladder` is empty unless asked for."""
+
+    metrics: Metrics
+    images: int
+    split: str
+    ladder: tuple[Rung, ...]
+    warnings: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedImage:
+    """The objects of one image above the threshold: boxes (K, 4) xyxy in pixels, scores and class names."""
+
+    path: Path
+    boxes: list[list[float]]
+    scores: list[float]
+    classes: list[str]
