@@ -18,6 +18,20 @@ def evaluation_dict(result: Evaluated) -> dict[str, Any]:
     return body | ({"ladder": ladder_list(result.ladder)} if result.ladder else {})
 
 
+def coco_results(result: Evaluated) -> list[dict[str, Any]]:
+    """The detections in COCO's results format: original category ids, boxes as x, y, width, height."""
+    return [
+        {
+            "image_id": found.image_id,
+            "category_id": result.category_ids[label],
+            "bbox": [round(float(x), 3) for x in (*box[:2], box[2] - box[0], box[3] - box[1])],
+            "score": round(float(score), 6),
+        }
+        for found in result.detections
+        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True)
+    ]
+
+
 def demo_dict(result: Demo) -> dict[str, Any]:
     """What `results.json` holds."""
     return {
@@ -82,6 +96,6 @@ def inspection_dict(found: Inspection) -> dict[str, Any]:
         body |= {
             "plan": found.plan.to_dict(),
             "skipped": list(found.plan.skipped),
-            "totals": found.plan.totals(),
+            "totals": found.plan.totals(found.parameters),
         }
     return body

@@ -63,11 +63,24 @@ def evaluate(
     advance: Advance = lambda done: None,
 ) -> Metrics:
     """The metrics of `model` on the bench."""
+    found = detect_all(model, family, bench, device=device, advance=advance)
+    return measure(bench.data, found, bench.metrics)
+
+
+def detect_all(
+    model: nn.Module,
+    family: Family,
+    bench: Bench,
+    *,
+    device: torch.device,
+    advance: Advance = lambda done: None,
+) -> list[Detections]:
+    """The detections of `model` on every image of the bench, in order."""
     found: list[Detections] = []
     for batch in bench.batches():
         found += detect(model, family, batch.to(device), bench.class_index)
         advance(len(batch.image_ids))
-    return measure(bench.data, found, bench.metrics)
+    return found
 
 
 @torch.no_grad()

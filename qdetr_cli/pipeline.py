@@ -9,10 +9,10 @@ import torch
 from qdetr_cli import plugins
 from qdetr_cli.data import DetectionData, ImageSet, check_images, image_files, open_data, single_image
 from qdetr_cli.errors import RecipeError, RunError
-from qdetr_cli.evaluate import Bench, Rung, detect
-from qdetr_cli.evaluate import evaluate as measure
+from qdetr_cli.evaluate import Bench, Rung, detect, detect_all
+from qdetr_cli.evaluate import evaluate as evaluate_model
 from qdetr_cli.evaluate import ladder as climb
-from qdetr_cli.metrics import Metrics
+from qdetr_cli.metrics import Metrics, measure
 from qdetr_cli.models import (
     Model,
     Source,
@@ -183,14 +183,19 @@ def evaluate(
     bench = bench_of(model, evaluation, batch_size=batch_size, workers=workers, metrics=metrics)
     model.module.to(where)
     with listener.progress("evaluate", len(bench.images)) as advance:
-        measured = measure(model.module, model.family, bench, device=where, advance=advance)
+        found = detect_all(model.module, model.family, bench, device=where, advance=advance)
     rungs: tuple[Rung, ...] = ()
     if ladder and model.plan is not None:
         with listener.progress("ladder", len(bench.images)) as advance:
             rungs = climb(model.module, model.family, model.plan, bench, device=where, advance=advance)
-    count = len(bench.images)
     return Evaluated(
-        metrics=measured, images=count, split=data.split, ladder=rungs, warnings=dict(evaluation.warnings)
+        metrics=measure(evaluation, found, metrics),
+        detections=tuple(found),
+        category_ids=evaluation.category_ids,
+        images=len(bench.images),
+        split=data.split,
+        ladder=rungs,
+        warnings=dict(evaluation.warnings),
     )
 
 
@@ -317,9 +322,9 @@ def _ap(
 ) -> Metrics:
     bench = bench_of(model, data)
     if quiet:
-        return measure(model.module, model.family, bench, device=where)
+        return evaluate_model(model.module, model.family, bench, device=where)
     with listener.progress(what, len(bench.images)) as advance:
-        return measure(model.module, model.family, bench, device=where, advance=advance)
+        return evaluate_model(model.module, model.family, bench, device=where, advance=advance)
 
 
 def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any]:

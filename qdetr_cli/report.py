@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from qdetr_cli.documents import (
+    coco_results,
     demo_dict,
     evaluation_dict,
     inspection_dict,
@@ -136,7 +137,7 @@ class Page:
             f"{len(detector.class_names)} classes: {', '.join(list(detector.class_names.values())[:12])}"
         )
         if found.plan is not None:
-            self._plan(found.plan)
+            self._plan(found.plan, found.parameters)
         return None
 
     def quantized(self, result: Quantized) -> None:
@@ -168,13 +169,14 @@ class Page:
         return None
 
     def evaluated_model(self, result: Evaluated, out: Path | None) -> None:
-        """AP, AP per class, ladder; with `out` also metrics.json and ladder.png there."""
+        """AP, AP per class, ladder; with `out` also metrics.json, detections.json and ladder.png there."""
         from qdetr_cli.plots import plot_ladder
 
         body = evaluation_dict(result)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "metrics.json", body)
+            write_json(out / "detections.json", coco_results(result))
             if result.ladder:
                 plot_ladder(result.ladder, out / "ladder.png")
         if self.json:
@@ -311,7 +313,7 @@ class Page:
         for what, count in warnings.items():
             self.say(f"warning: {what}: {count}")
 
-    def _plan(self, plan: Plan) -> None:
+    def _plan(self, plan: Plan, parameters: int) -> None:
         """One line for each module: path, bits of each slot, and the rule or the reason."""
         self.say("plan: module, role, bits of each slot, and the rule that decided or why it stays float")
         for module in plan.modules:
@@ -322,11 +324,11 @@ class Page:
             self.say(f"  {module.path}  [{module.role}]  {bits}  {module.reason or rules}")
         for line in plan.skipped:
             self.say(line)
-        self._totals(plan)
+        self._totals(plan, parameters)
 
-    def _totals(self, plan: Plan) -> None:
+    def _totals(self, plan: Plan, parameters: int = 0) -> None:
         table = Table("per image", "float", "quantized", title="cost", title_justify="left")
-        for name, before, after in plan.costs():
+        for name, before, after in plan.costs(parameters):
             table.add_row(name, before, after)
         self.console.print(table)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from qdetr_cli.checkpoint import Detector
 from qdetr_cli.evaluate import Rung
-from qdetr_cli.metrics import Metrics
+from qdetr_cli.metrics import Detections, Metrics
 from qdetr_cli.plan import Plan
 from qdetr_cli.recipe import Recipe
 from qdetr_cli.trace import GraphFacts
@@ -42,12 +42,20 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What `qdetr inspect` found: the graph facts, and the plan of a recipe or of a fake-quant checkpoint."""
+    """What `qdetr inspect` found: graph facts, and the plan of a recipe or of a fake-quant checkpoint."""
 
     detector: Detector
     facts: GraphFacts
     plan: Plan | None
     recipe: Recipe | None
+
+    @property
+    def parameters(self) -> int:
+        """Weights, biases and all else that is learned, quantizers apart."""
+        own = self.detector.model.named_parameters()
+        return sum(
+            p.numel() for name, p in own if not name.endswith(("_quantizer.step", "_quantizer.offset"))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +80,11 @@ class Finetuned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """What `qdetr eval` measured; `ladder` is empty unless asked for."""
+    """What `qdetr eval` found and measured; `ladder` is empty unless asked for."""
 
     metrics: Metrics
+    detections: tuple[Detections, ...]
+    category_ids: tuple[int, ...]  # of each data-set label
     images: int
     split: str
     ladder: tuple[Rung, ...]
