@@ -294,9 +294,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a new one.")] = Path(
         "qdetr-demo"
     ),
-    model: Annotated[str, typer.Option("--model", help="conditional_detr (dense attention) or d_fine.")] = (
-        "conditional_detr"
-    ),
+    model: Annotated[
+        str, typer.Option("--model", help="d_fine, or conditional_detr (dense attention).")
+    ] = "d_fine",
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="The recipe to show.")] = "w4a4",
     set_: Set = None,
     device: Device = "auto",
