@@ -1,4 +1,4 @@
-"""Calibration: every quantizer gets its step and offset from the float model's own values."""
+"""Calibration: every quantizer gets its step and offset from the values that it meets."""
 
 from collections.abc import Callable
 
@@ -23,9 +23,9 @@ def calibrate(
 ) -> tuple[str, ...]:
     """Set the range of every quantizer of `model`; the paths of those that saw no value.
 
-    Weights are measured on themselves, activations on `spec.images` images drawn with `spec.seed`, all in
-    float. Batches hold images of one processed size, so that no padding enters a range. `advance` is told of
-    images done.
+    Weights are measured on themselves; then activations, unrounded but behind quantized weights, as they will
+    be, on `spec.images` images drawn with `spec.seed`. Batches hold images of one processed size, so that no
+    padding enters a range. `advance` is told of images done.
     """
     if len(images) == 0:
         raise DataError("calibrate: the split holds no image")

@@ -99,7 +99,6 @@ def load_config_model(config: Mapping[str, Any], processor: Mapping[str, Any] | 
 def model_config(detector: Detector) -> dict[str, Any]:
     """The model's transformers config as JSON has it, complete, for a Manifest."""
     content: dict[str, Any] = json.loads(detector.model.config.to_json_string(use_diff=False))
-    content.pop("_name_or_path", None)  # a place on the machine that made it
     content.pop("_name_or_path", None)  # a path of the machine that it was loaded on
     return content
 
@@ -118,7 +117,8 @@ def with_classes(detector: Detector, class_names: Sequence[str]) -> Detector:
     config.id2label = names  # sets num_labels
     config.label2id = {name: index for index, name in names.items()}
     model = _build(config, seed=0)
-    replaced = _copy_matching(detector.model, model)
+    _free_backbone(model, detector.family)
+    replaced = _copy_unclassed(detector.model, model)
     _start_at_prior(model, detector.family)
     note = (
         f"new class head: {len(names)} classes in place of {len(detector.class_names)} ({listed(replaced)})"
@@ -210,10 +210,7 @@ def _read_hub(source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 def _detector(model: Any, processor: Mapping[str, Any] | None, source: str) -> Detector:
     family = family_of(model)
-    for name, parameter in model.named_parameters():
-        if role_of(family, name).startswith("backbone"):
-            # transformers freezes some or all of it by name; here the recipe says what is frozen
-            parameter.requires_grad_(True)
+    _free_backbone(model, family)
     fallback = f"no {PROCESSOR_FILE}: images are prepared as {family.name} does by default"
     return Detector(
         model=model.eval(),
@@ -235,15 +232,30 @@ def _build(config: PreTrainedConfig, seed: int | None = None) -> Any:
     return model.eval()
 
 
+def _free_backbone(model: nn.Module, family: Family) -> None:
+    """Let the backbone learn: transformers freezes some or all of it by name; recipes say what is frozen."""
+    for name, parameter in model.named_parameters():
+        if role_of(family, name).startswith("backbone"):
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
-def _copy_matching(source: nn.Module, target: nn.Module) -> list[str]:
-    """Names of the tensors that keep their new values, because the number of classes shapes them."""
+def _copy_unclassed(source: nn.Module, target: nn.Module) -> list[str]:
+    """Copy all but what the number of classes shapes; the names of the tensors that keep their new values."""
     own, other = target.state_dict(), source.state_dict()
-    fresh = [name for name, tensor in own.items() if other[name].shape != tensor.shape]
+    fresh = _shaped_by_classes(target)
     for name, tensor in own.items():
         if name not in fresh:
             tensor.copy_(other[name])
     return fresh
+
+
+def _shaped_by_classes(model: Any) -> list[str]:
+    """The names of the tensors that would have another shape with one class more."""
+    config = copy.deepcopy(model.config)
+    config.id2label = {index: str(index) for index in range(config.num_labels + 1)}
+    larger = _build(config, seed=0).state_dict()
+    return [name for name, tensor in model.state_dict().items() if larger[name].shape != tensor.shape]
 
 
 @torch.no_grad()

@@ -126,7 +126,13 @@ def inspect(
     page = report.Page(json=json)
     options = models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm)
     found = pipeline.inspect(
-        options, recipe=recipe, overrides=set_ or (), size=size, plugins=plugins or (), listener=page
+        options,
+        recipe=recipe,
+        overrides=set_ or (),
+        size=size,
+        plugins=plugins or (),
+        device=device,
+        listener=page,
     )
     page.inspection(found)
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdetr_cli import pipeline
-from qdetr_cli.errors import RunError
+from qdetr_cli.errors import RecipeError, RunError
 from qdetr_cli.evaluate import Rung
 from qdetr_cli.metrics import Metrics
-from qdetr_cli.models import Source, versions
+from qdetr_cli.models import Source, torch_device, versions
+from qdetr_cli.recipe import load_recipe
 from qdetr_cli.results import DataSource, Listener, PredictedImage
 from qdetr_cli.runs import new_folder
 from qdetr_cli.scenes import write_scenes
@@ -61,10 +62,13 @@ def run(
     """Write the scenes, then quantize, fine-tune, evaluate and predict as a user would."""
     began = time.monotonic()
     source = embedded(model)
+    settings = (*SETTINGS, *overrides)
+    if not load_recipe(recipe, settings).rules:
+        raise RecipeError(f"--recipe {recipe}: quantizes nothing, so there is nothing to show")
+    torch_device(device)
     new_folder(out)
     scenes = _scenes(out, listener)
     data = DataSource(scenes / "voc")
-    settings = (*SETTINGS, *overrides)
     listener.say(f"1. {model} in float, then calibrated under {recipe} (PTQ)")
     ptq = pipeline.quantize(
         source,

@@ -104,8 +104,8 @@ def ladder(
     *,
     device: torch.device,
     advance: Advance = lambda done: None,
-) -> tuple[Rung, ...]:
-    """AP as module groups are quantized one after another, each alone, and all but each.
+) -> tuple[tuple[Rung, ...], list[Detections]]:
+    """AP as module groups are quantized in turn, each alone, all but each; and what all together find.
 
     Groups are switched on the same weights, and each image is read once for all rungs. The float rung is this
     model with every quantizer off: after QAT those are the fine-tuned weights, not the float checkpoint's.
@@ -121,10 +121,11 @@ def ladder(
                 found[on] += detect(model, family, batch, bench.class_index)
         advance(len(batch.image_ids))
     measured = {on: measure(bench.data, each) for on, each in found.items()}
-    return tuple(
+    climbed = tuple(
         Rung(name=name, kind=kind, groups=tuple(g for g in groups if g in on), metrics=measured[on])
         for name, kind, on in rungs
     )
+    return climbed, found[frozenset(groups)]
 
 
 def ladder_groups(plan: Plan) -> dict[str, tuple[str, ...]]:

@@ -67,10 +67,18 @@ def predictions_of(outputs: Any) -> Predictions:
 
 
 def distillation_loss(
-    terms: Mapping[str, float], family: Family, student: Predictions, teacher: Predictions
+    terms: Mapping[str, float],
+    family: Family,
+    student: Predictions,
+    teacher: Predictions,
+    *,
+    same_origin: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of distillation terms, and each term unweighted. The teacher carries no gradient."""
-    if family.fixed_queries and student.boxes.shape == teacher.boxes.shape:
+    """The weighted sum of distillation terms, and each term unweighted. The teacher carries no gradient.
+
+    `same_origin` says that the student began as the teacher: then learned queries correspond one to one.
+    """
+    if same_origin and family.fixed_queries:
         pairs = same_query(student)
     else:
         pairs = hungarian_pairs(student, teacher, softmax=family.softmax)
@@ -126,14 +134,16 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
     layers: list[Tensor] = []
     decoder: list[Any] = []
     own = cast(Any, model).loss_function
-    wanted = copy.copy(cast(Any, model).config)
+    config = cast(Any, model).config
+    flag = config.auxiliary_loss
+    wanted = copy.copy(config)
     wanted.auxiliary_loss = auxiliary
-    read_layers = (
-        auxiliary and not cast(Any, model).config.auxiliary_loss and family.auxiliary_changes_predictions
-    )
+    read_layers = auxiliary and not flag and family.auxiliary_changes_predictions
+    if not family.auxiliary_changes_predictions:
+        config.auxiliary_loss = auxiliary  # DAB-DETR hands its layers to the loss only then
 
     def loss(
-        logits: Tensor, labels: Any, device: Any, boxes: Tensor, config: Any, *stacks: Any, **rest: Any
+        logits: Tensor, labels: Any, device: Any, boxes: Tensor, _: Any, *stacks: Any, **rest: Any
     ) -> Any:
         if read_layers:
             stacks = auxiliary_predictions(model, layers, decoder[-1])
@@ -149,6 +159,7 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
     try:
         yield
     finally:
+        config.auxiliary_loss = flag
         cast(Any, model).loss_function = own
         for handle in handles:
             handle.remove()

@@ -33,7 +33,8 @@ def same_query(student: Predictions) -> Tensor:
 def hungarian_pairs(student: Predictions, teacher: Predictions, *, softmax: bool) -> Tensor:
     """Pairs (B, Q) that minimise class distance plus box distance, one partner for each student query.
 
-    Needed where queries are a top-k selection (RT-DETR, D-FINE), since a little noise reorders them.
+    The teacher has as many queries or more. Needed where queries are a top-k selection (RT-DETR, D-FINE),
+    since a little noise reorders them, and where student and teacher have different origins.
     """
     kind = torch.softmax if softmax else lambda logits, dim: logits.sigmoid()
     mine, theirs = kind(student.logits.float(), dim=-1), kind(teacher.logits.float(), dim=-1)

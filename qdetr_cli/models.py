@@ -13,7 +13,7 @@ from qdetr_cli import __version__, plugins
 from qdetr_cli.checkpoint import Detector, load_config_model, load_float, model_config, with_classes
 from qdetr_cli.classes import class_index, missing_classes
 from qdetr_cli.data import DetectionData
-from qdetr_cli.errors import CheckpointError, DataError, RecipeError, RunError
+from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
 from qdetr_cli.families import Family
 from qdetr_cli.manifest import Manifest, is_qdetr_folder, load_weights, read_manifest, save_checkpoint
 from qdetr_cli.metrics import Metrics
@@ -77,7 +77,7 @@ def open_model(source: Source, say: Say) -> Model:
     manifest = read_manifest(folder)
     if manifest.kind == "float":
         return Model(detector=replace(load_float(folder), source=source.model))
-    return _fake_quant(folder, manifest, source, say)
+    return _fake_quant(folder, manifest, source)
 
 
 def checkpoint_folder(path: Path) -> Path | None:
@@ -105,7 +105,13 @@ def must_be_float(model: Model, source: Source) -> None:
 
 def fitted_to(model: Model, data: DetectionData, say: Say) -> Model:
     """The model with a class for every class of `data`: as it is, or a float model with a new class head."""
-    if class_index(model.detector, data) is not None:
+    index = class_index(model.detector, data)
+    if index is not None:
+        if missing_classes(model.detector, data.class_names):
+            say(
+                "the checkpoint's classes have no names that the data has: they are taken by position, "
+                f"{_some(_places(index, data))}"
+            )
         return model
     missing = missing_classes(model.detector, data.class_names)
     if model.plan is not None:
@@ -201,23 +207,29 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def _fake_quant(folder: Path, manifest: Manifest, source: Source, say: Say) -> Model:
+def _fake_quant(folder: Path, manifest: Manifest, source: Source) -> Model:
     detector: Detector = replace(load_config_model(manifest.config, manifest.processor), source=source.model)
     recipe = recipe_from_dict(manifest.recipe, source=str(folder))
-    _load_plugins(recipe, source, say)
     facts, plan = GraphFacts.from_dict(manifest.facts), Plan.from_dict(manifest.plan)
+    _check_plugins(plan, recipe, source)
     rewrite(detector.model, plan, facts)
     load_weights(folder, detector.model)
     return Model(detector=detector, facts=facts, plan=plan, recipe=recipe)
 
 
-def _load_plugins(recipe: Recipe, source: Source, say: Say) -> None:
-    """The plugin folders of a checkpoint's recipe; one that has moved is said: `--plugins` may name it."""
-    folders = [Path(each) for each in recipe.plugins]
-    for folder in folders:
-        if not folder.is_dir():
-            say(f"warning: {source.model}: its plugin folder {folder} is gone; name the new with --plugins")
-    plugins.load([folder for folder in folders if folder.is_dir()])
+def _check_plugins(plan: Plan, recipe: Recipe, source: Source) -> None:
+    """Raise PluginError for quantizers that are not registered. A checkpoint imports nothing by itself."""
+    needed = {slot.format.quantizer for module in plan.modules for slot in module.slots if slot.format}
+    if missing := sorted(needed - set(plugins.names("quantizer"))):
+        folders = " ".join(f"--plugins {folder}" for folder in recipe.plugins) or "--plugins FOLDER"
+        raise PluginError(
+            f"{source.model}: needs the quantizer {', '.join(missing)} of a plugin; a checkpoint imports "
+            f"nothing by itself, so name where it lies: {folders}"
+        )
+
+
+def _places(index: Sequence[int], data: DetectionData) -> list[str]:
+    return [f"{name} is {place}" for name, place in zip(data.class_names, index, strict=True)]
 
 
 def _unknown_classes(model: Model, data: DetectionData, way_out: str) -> DataError:

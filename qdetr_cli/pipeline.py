@@ -50,6 +50,7 @@ def inspect(
     overrides: Sequence[str] = (),
     size: str | None = None,
     plugins: Sequence[Path] = (),
+    device: str = "auto",
     listener: Listener,
 ) -> Inspection:
     """What is in a model, and what a recipe would do to it."""
@@ -57,8 +58,9 @@ def inspect(
         raise RecipeError(f"--set {overrides[0]}: changes a recipe, and none is given; add --recipe")
     _load_plugins(plugins)
     chosen = None if recipe is None else _recipe(recipe, overrides, plugins)
-    wanted = parse_size(size)
+    wanted, where = parse_size(size), torch_device(device)
     model = open_model(source, listener.say)
+    model.module.to(where)
     if chosen is None and model.facts is not None:
         return _fake_quant_inspection(model, model.facts, source, wanted)
     must_be_float(model, source)
@@ -141,6 +143,7 @@ def finetune(
         save=saver(model, chosen),
         evaluate=lambda module: _ap(model, evaluation, where, "evaluate", listener, quiet=True),
         teacher=mentor,
+        same_origin=chosen.distill.teacher == "float",
         device=str(where),
         watch=listener,
     )
@@ -182,12 +185,12 @@ def evaluate(
         )
     bench = bench_of(model, evaluation, batch_size=batch_size, workers=workers, metrics=metrics)
     model.module.to(where)
-    with listener.progress("evaluate", len(bench.images)) as advance:
-        found = detect_all(model.module, model.family, bench, device=where, advance=advance)
     rungs: tuple[Rung, ...] = ()
-    if ladder and model.plan is not None:
-        with listener.progress("ladder", len(bench.images)) as advance:
-            rungs = climb(model.module, model.family, model.plan, bench, device=where, advance=advance)
+    with listener.progress("ladder" if ladder else "evaluate", len(bench.images)) as advance:
+        if ladder and model.plan is not None:
+            rungs, found = climb(model.module, model.family, model.plan, bench, device=where, advance=advance)
+        else:
+            found = detect_all(model.module, model.family, bench, device=where, advance=advance)
     return Evaluated(
         metrics=measure(evaluation, found, metrics),
         detections=tuple(found),
@@ -255,6 +258,8 @@ def _recipe(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> Rec
     chosen = load_recipe(name, overrides)
     named = [*folders, *(Path(each) for each in chosen.plugins)]
     _load_plugins(named)
+    for term in chosen.distill.terms:
+        plugins.get("loss", term)
     if chosen.rules and chosen.train.batch_norm == "train":
         raise RecipeError(
             f"{name}: train.batch_norm: train has no effect under quantization, where batch norms are "
@@ -331,7 +336,11 @@ def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any
     """What `run.json` holds, and what a resumed run must agree with."""
     return {
         "model": source.model,
+        "heads": source.heads,
+        "dilation": source.dilation,
+        "pre_norm": source.pre_norm,
         "data": str(data.path),
+        "images": None if data.images is None else str(data.images),
         "train_split": data.train,
         "split": data.split,
         "recipe": chosen.to_dict(),

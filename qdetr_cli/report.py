@@ -138,6 +138,11 @@ class Page:
         )
         if found.plan is not None:
             self._plan(found.plan, found.parameters)
+            return None
+        for layer in facts.layers:
+            self.say(f"  {layer.path}  [{layer.role}]  {layer.op}  {_count(layer.macs)} MACs")
+        for attention in facts.attentions:
+            self.say(f"  {attention.path}  [{attention.role}]  {attention.op}  {_count(attention.macs)} MACs")
         return None
 
     def quantized(self, result: Quantized) -> None:

@@ -121,6 +121,6 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
 
 
 def _rate(name: str, train: Train) -> float:
-    if name.rsplit(".", 1)[-1] in ("step", "offset") and train.quantizer_lr is not None:
-        return train.quantizer_lr
+    if name.rsplit(".", 1)[-1] in ("step", "offset"):
+        return train.lr if train.quantizer_lr is None else train.quantizer_lr
     return train.backbone_lr if ".backbone." in f".{name}" else train.lr

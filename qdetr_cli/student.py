@@ -83,13 +83,19 @@ def teacher_of(chosen: Recipe, model: Model, listener: Listener, *, new_head: bo
 
     A model whose class head is new knows nothing to teach: then there is no teacher, and that is said.
     """
-    if not chosen.distill.terms or chosen.distill.teacher is None:
+    if not chosen.distill.terms:
+        return None
+    if chosen.distill.teacher is None:
+        listener.say(
+            f"warning: no teacher, so distill.terms ({', '.join(chosen.distill.terms)}) have no effect; set "
+            "distill.teacher: float or give --teacher"
+        )
         return None
     if chosen.distill.teacher != "float":
         source = Source(chosen.distill.teacher)
         teacher = open_model(source, listener.say)
         must_be_float(teacher, source)
-        _same_classes(model.detector, teacher.detector)
+        _check_teacher(model.detector, teacher.detector)
         return teacher.module
     if model.plan is not None:
         raise RunError("distill.teacher: float needs a float MODEL; name the float checkpoint with --teacher")
@@ -102,11 +108,20 @@ def teacher_of(chosen: Recipe, model: Model, listener: Listener, *, new_head: bo
     return copy.deepcopy(model.module)
 
 
-def _same_classes(student: Detector, teacher: Detector) -> None:
+def _check_teacher(student: Detector, teacher: Detector) -> None:
+    """Raise RunError for a teacher that cannot be compared: other classes, pixels, or too few queries."""
     if student.family.softmax != teacher.family.softmax or student.class_names != teacher.class_names:
         raise RunError(
             f"--teacher {teacher.source}: has other classes than the student; "
             "fine-tune it in float on this data first"
+        )
+    mine, theirs = student.processor, teacher.processor
+    if (mine.mean, mine.std, mine.rescale) != (theirs.mean, theirs.std, theirs.rescale):
+        raise RunError(f"--teacher {teacher.source}: normalises pixels in another way than the student")
+    if teacher.model.config.num_queries < student.model.config.num_queries:
+        raise RunError(
+            f"--teacher {teacher.source}: has {teacher.model.config.num_queries} queries, fewer than the "
+            f"student's {student.model.config.num_queries}"
         )
 
 

@@ -68,6 +68,7 @@ class Position:
     seconds: float = 0.0
     best_ap: float = -2.0  # below the -1 of a split without objects
     best_step: int = 0
+    evaluated: int = 0  # the step of the last evaluation
 
 
 class Trainer:
@@ -85,6 +86,7 @@ class Trainer:
         save: Save,
         evaluate: Evaluate,
         teacher: nn.Module | None = None,
+        same_origin: bool = True,
         device: str = "auto",
         watch: Watch | None = None,
     ) -> None:
@@ -92,18 +94,27 @@ class Trainer:
         self.folder, self.save, self.evaluate, self.watch = folder, save, evaluate, watch
         self.journal = Journal(folder / "metrics.jsonl")
         self.position = Position()
+        self.same_origin = same_origin
         self.accelerator = _accelerator(train, device)
         self.device = self.accelerator.device
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.model = _trainable(model.to(self.device), train)
         self.average = None if train.ema is None else MovingAverage(self.model, train.ema)
         optimizer = torch.optim.AdamW(parameter_groups(self.model, train))
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        alone = self.accelerator.num_processes == 1  # `prepare` would leave evaluations under autocast
+        self.wrapped = self.model if alone else self.accelerator.prepare(self.model)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
-        return max(1, len(self._sampler(epoch=0, skip=0)) // self.train.accumulate)
+        batches = len(self._sampler(epoch=0, skip=0))
+        if batches < self.train.accumulate:
+            raise RecipeError(
+                f"train.accumulate: {self.train.accumulate} batches of {self.train.batch_size} are more than "
+                f"{len(self.images)} training images give ({batches}); lower it or train.batch_size"
+            )
+        return batches // self.train.accumulate
 
     @property
     def total_steps(self) -> int:
@@ -116,8 +127,12 @@ class Trainer:
         """Train to the end, evaluating on the way. Raises DivergedError, and Interrupted after writing."""
         if resume:
             self._resume()
+        else:
+            torch.manual_seed(self.train.seed + self.accelerator.process_index)  # dropout, denoising
         last: Metrics | None = None
         with stop_signals() as stop:
+            if self.position.evaluated < self.position.step and self._evaluation_is_due():
+                last = self._evaluate()  # the run was stopped at the end of an epoch
             while self.position.step < self.total_steps:
                 self._epoch(stop)
                 if stop:
@@ -179,7 +194,11 @@ class Trainer:
         with torch.no_grad():
             outputs = self.teacher(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
         extra, terms = distillation_loss(
-            self.distill.terms, self.family, detection.predictions, predictions_of(outputs)
+            self.distill.terms,
+            self.family,
+            detection.predictions,
+            predictions_of(outputs),
+            same_origin=self.same_origin,
         )
         return detection.total + extra, detection.terms | terms
 
@@ -236,6 +255,7 @@ class Trainer:
                 self.position.best_ap, self.position.best_step = ap, self.position.step
                 if self.accelerator.is_main_process:
                     self.save(model, self.folder / "best", metrics)
+        self.position.evaluated = self.position.step
         self._write_last(metrics)
         if self.accelerator.is_main_process:
             self.journal.append({"step": self.position.step, "metrics": metrics.to_dict()})

@@ -339,6 +339,30 @@ def test_a_new_class_head_changes_nothing_else(name):
     assert detector.model.config.num_labels == 3
 
 
+@pytest.mark.parametrize("name", CONFIGS, ids=str)
+def test_a_new_class_head_is_new_even_for_as_many_classes_and_the_backbone_can_learn(name):
+    detector = build(name)
+    with torch.no_grad():
+        for parameter in detector.model.parameters():
+            parameter.add_(0.1)  # trained: not what a seed gives
+    fitted = with_classes(detector, ("ant", "bee", "cat"))
+    old, new = detector.model.state_dict(), fitted.model.state_dict()
+    heads = [
+        key
+        for key in new
+        if key.endswith("weight")
+        and role_of(fitted.family, key.rpartition(".")[0]) == "class_head"
+        and new[key].shape[0] in (3, 4)
+    ]
+    assert heads
+    assert not any(torch.equal(old[key], new[key]) for key in heads)
+    backbone = [
+        p for n, p in fitted.model.named_parameters() if role_of(fitted.family, n).startswith("backbone")
+    ]
+    assert backbone
+    assert all(parameter.requires_grad for parameter in backbone)
+
+
 @pytest.mark.parametrize(
     ("name", "prior"),
     [

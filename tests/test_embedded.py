@@ -44,7 +44,9 @@ def test_detections_json_gives_the_printed_numbers_to_pycocotools(measured, scen
         judge.summarize()
     found = [body["ap"], body["ap50"], body["ap75"]]
     assert found == pytest.approx(judge.stats[:3].tolist(), abs=2e-3)  # boxes are rounded in the file
-    assert {row["category_id"] for row in json.loads((out / "detections.json").read_text())} <= set(range(1, 11))
+    assert {row["category_id"] for row in json.loads((out / "detections.json").read_text())} <= set(
+        range(1, 11)
+    )
 
 
 def test_eight_bits_lose_next_to_nothing_and_two_bits_nearly_all(measured, scenes, tmp_path):

@@ -65,7 +65,7 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="module")
 def rungs(world):
-    return ladder(world.model, world.family, world.plan, world.bench, device=CPU)
+    return ladder(world.model, world.family, world.plan, world.bench, device=CPU)[0]
 
 
 def test_the_float_model_finds_its_own_objects_and_low_bits_lose(world):

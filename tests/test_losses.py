@@ -15,6 +15,7 @@ from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
 
 FED_ON = ("detr", "conditional_detr", "table-transformer")
 OTHERS = ("rt_detr", "d_fine")
+INSIDE = ("dab-detr", "deformable_detr")  # they hand their layers to the loss only when the flag is on
 
 
 def built(name: str, **changes):
@@ -107,6 +108,22 @@ def test_families_with_their_own_auxiliary_losses_keep_them(name):
     torch.testing.assert_close(found.predictions.logits, expected.logits[:, -queries:])
 
 
+@pytest.mark.parametrize("name", INSIDE)
+def test_families_that_ask_the_flag_get_their_auxiliary_losses(name):
+    detector, images = built(name, auxiliary_loss=False), batch()
+    with torch.no_grad():
+        found = detection_loss(detector.model, detector.family, images, auxiliary=True)
+        reference = copy.deepcopy(detector.model)
+        reference.config.auxiliary_loss = True
+        expected = reference(
+            pixel_values=images.pixel_values, pixel_mask=images.pixel_mask, labels=images.labels
+        )
+        plain = detector.model(pixel_values=images.pixel_values, pixel_mask=images.pixel_mask)
+    torch.testing.assert_close(found.total, expected.loss)
+    torch.testing.assert_close(found.predictions.logits, plain.logits, rtol=0, atol=0)
+    assert detector.model.config.auxiliary_loss is False
+
+
 @pytest.mark.parametrize("objects", [(0, 0), (0, 2)], ids=["no objects", "one empty image"])
 @pytest.mark.parametrize("name", ["detr", "conditional_detr", *OTHERS])
 def test_images_without_objects_give_finite_losses(name, objects):
@@ -167,14 +184,17 @@ def test_same_query_is_the_identity():
     torch.testing.assert_close(teacher.take(same_query(teacher)).logits, teacher.logits)
 
 
+@pytest.mark.parametrize("same_origin", [True, False], ids=["from the float self", "from another"])
 @pytest.mark.parametrize("name", ["detr", "d_fine"])
-def test_reordered_queries_matter_only_where_queries_are_learned(name):
-    """Top-k selection reorders queries, so pairs are matched there; learned queries pair by index."""
+def test_reordered_queries_matter_only_where_query_i_is_query_i(name, same_origin):
+    """Learned queries of one origin pair by index; top-k selections and other teachers are matched."""
     family = built(name).family
     teacher = predictions(queries=7)
     order = torch.tensor([[6, 5, 4, 3, 2, 1, 0]] * 2)
-    total, terms = distillation_loss({"logits": 1.0, "boxes": 2.0}, family, teacher.take(order), teacher)
-    if family.fixed_queries:
+    weights = {"logits": 1.0, "boxes": 2.0}
+    student = teacher.take(order)
+    total, terms = distillation_loss(weights, family, student, teacher, same_origin=same_origin)
+    if family.fixed_queries and same_origin:
         assert float(total) > 0.01
     else:
         assert float(total) == pytest.approx(0.0, abs=1e-5)

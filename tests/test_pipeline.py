@@ -11,7 +11,7 @@ from tiny_runs import FAST, Told, listener, write_coco, write_model, write_origi
 
 from qdetr_cli import checkpoint, pipeline, plugins
 from qdetr_cli.checkpoint import load_float
-from qdetr_cli.errors import CheckpointError, DataError, RecipeError, RunError
+from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
 from qdetr_cli.manifest import read_manifest
 from qdetr_cli.models import Source, known_classes, open_model, torch_device, trace_size
 from qdetr_cli.results import DataSource
@@ -291,7 +291,7 @@ def _table(monkeypatch):
 
 @pytest.mark.usefixtures("_table")
 def test_a_recipe_with_a_plugin_of_the_users_own(world, tmp_path, monkeypatch):
-    """Written beside the recipe, found from anywhere, and by --plugins once it has moved."""
+    """Written beside the recipe. The checkpoint names its folder, but imports it only when the user does."""
     home = tmp_path / "home"
     (home / "mine").mkdir(parents=True)
     (home / "mine" / "halved.py").write_text(PLUGIN)
@@ -302,25 +302,13 @@ def test_a_recipe_with_a_plugin_of_the_users_own(world, tmp_path, monkeypatch):
     model = open_model(Source("q"), print).module
     assert {type(each).__name__ for each in quantizers(model).values()} == {"LSQ", "Halved"}
 
-    (home / "mine").rename(tmp_path / "moved")
     plugins._TABLE.pop(("quantizer", "halved"))
     plugins._LOADED.clear()
-    told = Told()
-    found = pipeline.inspect(Source("q"), plugins=[tmp_path / "moved"], listener=told)
+    with pytest.raises(PluginError, match=r"needs the quantizer halved .* --plugins .*mine"):
+        open_model(Source("q"), print)
+    assert ("quantizer", "halved") not in plugins._TABLE, "a checkpoint made code run"
+    found = pipeline.inspect(Source("q"), plugins=[home / "mine"], listener=Told())
     assert found.plan is not None
-    assert "its plugin folder" in told.text
-    assert "name the new with --plugins" in told.text
-
-
-@pytest.mark.usefixtures("_table")
-def test_a_plugin_folder_of_a_flag_is_remembered(world, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "halved.py").write_text(PLUGIN)
-    sets = ["rules.0.weight.quantizer=halved"]
-    world.quantize(tmp_path / "q", sets=sets, measured=False, plugins=[tmp_path / "mine"])
-    plugins._TABLE.pop(("quantizer", "halved"))
-    plugins._LOADED.clear()
-    assert open_model(Source(str(tmp_path / "q")), print).plan is not None
 
 
 # --- opening ---

@@ -61,6 +61,13 @@ def test_a_backbone_step_has_the_quantizer_rate_too():
     assert rate == 1e-5
 
 
+def test_without_a_quantizer_rate_steps_have_the_general_one():
+    net = nn.ModuleDict({"backbone": Net()})
+    groups = parameter_groups(net, Train(lr=1e-3, backbone_lr=1e-4))
+    (rate,) = {g["lr"] for g in groups if any(p is net["backbone"].step for p in g["params"])}
+    assert rate == 1e-3
+
+
 def test_freeze_stops_gradients_and_names_what_matched_nothing():
     net = Net()
     assert freeze(net, ("backbone", "neck.*")) == ("neck.*",)

@@ -183,6 +183,19 @@ def test_a_freeze_pattern_that_matches_nothing_is_an_error(tmp_path, data):
         trainer(tmp_path / "a", data, train=TRAIN.model_copy(update={"freeze": ("neck.*",)}))
 
 
+def test_more_accumulation_than_images_is_an_error(tmp_path, data):
+    with pytest.raises(RecipeError, match=r"train\.accumulate: 9 batches of 2"):
+        trainer(tmp_path / "a", data, train=TRAIN.model_copy(update={"accumulate": 9})).fit()
+
+
+def test_a_run_stopped_at_the_end_of_an_epoch_is_evaluated_there_when_it_goes_on(tmp_path, data):
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "a", data, watch=Watch(3, stop_by(signal.SIGINT))).fit()
+    trainer(tmp_path / "a", data).fit(resume=True)
+    entries = Journal(tmp_path / "a" / "metrics.jsonl").entries()
+    assert [entry["step"] for entry in entries if "metrics" in entry] == [3, 6]
+
+
 def test_fp16_without_cuda_is_refused(tmp_path, data):
     with pytest.raises(RunError, match="fp16 needs CUDA"):
         trainer(tmp_path / "a", data, train=TRAIN.model_copy(update={"precision": "fp16"}))

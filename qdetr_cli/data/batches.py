@@ -188,4 +188,5 @@ def same_size_batches(image_set: ImageSet, indices: Sequence[int], batch_size: i
         groups.setdefault(image_set.processed_size(index), []).append(index)
     for group in groups.values():
         for start in range(0, len(group), batch_size):
-            yield collate([image_set[index] for index in group[start : start + batch_size]])
+            samples = [image_set[index] for index in group[start : start + batch_size]]
+            yield collate([replace(sample, pad_to=None) for sample in samples])

@@ -167,5 +167,5 @@ def _trial(slot: _Settled, format: QuantFormat) -> Iterator[Fault]:
         return
     try:
         plugin(torch.tensor([[-1.0, 0.5, -1.0, 1.0]]), format, **format.init_options)
-    except QDetrError as error:
-        yield place.fault(f"{slot.slot}.init", str(error))
+    except Exception as error:  # a plugin may raise anything, for example at an option of the wrong type
+        yield place.fault(f"{slot.slot}.init", f"{format.init}: {error}")
