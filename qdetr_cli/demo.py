@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qdetr_cli import pipeline
 from qdetr_cli.errors import RecipeError, RunError
@@ -89,9 +90,11 @@ def run(
         device=device,
         listener=listener,
     )
-    listener.say("3. which module group costs what")
+    listener.say("3. which module group costs what before fine-tuning, and the fine-tuned model's AP")
+    common: dict[str, Any] = {"data": data, "batch_size": 50, "device": device, "listener": listener}
+    ladder = pipeline.evaluate(Source(str(out / "ptq")), ladder=True, **common).ladder
     student = Source(str(out / "qat" / "last"))
-    qat = pipeline.evaluate(student, data=data, ladder=True, batch_size=50, device=device, listener=listener)
+    qat = pipeline.evaluate(student, **common)
     shown = sorted((scenes / "coco" / "val").iterdir())[:SHOWN_IMAGES]
     predictions = pipeline.predict(student, shown, threshold=0.4, device=device, listener=listener)
     assert ptq.before is not None
@@ -104,7 +107,7 @@ def run(
         before=ptq.before,
         calibrated=ptq.after,
         finetuned=qat.metrics,
-        ladder=qat.ladder,
+        ladder=ladder,
         predictions=predictions,
         seconds=time.monotonic() - began,
         versions=versions(),
