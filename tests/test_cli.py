@@ -276,13 +276,13 @@ def test_the_process_itself_ends_with_2_and_one_line():
 
 def test_demo_leaves_results_and_pictures(world, tmp_path, monkeypatch):
     models = tmp_path / "models"
-    shutil.copytree(world.model, models / "conditional_detr")
+    shutil.copytree(world.model, models / "d_fine")
     monkeypatch.setattr(demo, "MODELS", models)
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
     monkeypatch.setattr(demo, "VAL_IMAGES", 2)
     monkeypatch.setattr(demo, "SETTINGS", tuple(SETS[1::2]))
     out = tmp_path / "demo"
-    assert "choose one of conditional_detr" in refused("demo", "--out", out, "--model", "yolo")
+    assert "choose one of d_fine" in refused("demo", "--out", out, "--model", "yolo")
     body = as_json("demo", "--out", out)
     assert set(body) >= {"float", "ptq", "qat", "ladder", "seconds", "versions"}
     assert all(set(body[row]) >= PROMISED for row in ("float", "ptq", "qat"))

@@ -97,7 +97,7 @@ def test_names_are_the_float_models_and_the_quantizers(name: str) -> None:
 def test_two_rewrites_have_the_same_names_and_load_each_other() -> None:
     reference, model, plan, facts = rewritten("detr")
     again = copy.deepcopy(reference)
-    rewrite(again, plan, facts, family_of(again))
+    rewrite(again, plan, facts)
     again.load_state_dict(ready("detr").state_dict())
     given = inputs("mask")
     assert list(again.state_dict()) == list(model.state_dict())
@@ -190,7 +190,7 @@ def test_capture_leaves_mode_and_random_state_alone() -> None:
     model = copy.deepcopy(reference).eval()
     model.model.decoder.train()
     before, modes = torch.random.get_rng_state(), {k: m.training for k, m in model.named_modules()}
-    rewrite(model, plan, facts, family_of(model))
+    rewrite(model, plan, facts)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(module.training == modes[path] for path, module in model.named_modules() if path in modes)
 
@@ -199,7 +199,7 @@ def test_modules_without_a_rule_stay_as_they_were() -> None:
     reference, _, _, facts = rewritten("detr")
     model = copy.deepcopy(reference)
     recipe = {"schema": 1, "rules": [{"role": "decoder.ffn", "weight": {"bits": 4}}]}
-    rewrite(model, make_plan(recipe_from_dict(recipe, source="test"), facts), facts, family_of(model))
+    rewrite(model, make_plan(recipe_from_dict(recipe, source="test"), facts), facts)
     assert {path.rpartition(".")[0].rpartition(".")[2] for path in quantizers(model)} == {"fc1", "fc2"}
     assert type(model.model.encoder.layers[0].self_attn) is type(reference.model.encoder.layers[0].self_attn)
 
@@ -223,7 +223,7 @@ def test_a_shared_layer_is_swapped_once_under_all_its_names() -> None:
         ("first", ("again.0",), 2)
     ]
     plan = make_plan(recipe_from_dict(all_slots(facts), source="test"), facts)
-    rewrite(model, plan, facts, family)
+    rewrite(model, plan, facts)
     assert isinstance(model.first, QuantLinear)
     assert model.again[0] is model.first
     assert list(quantizers(model)) == ["first.weight_quantizer", "first.input_quantizer"]
