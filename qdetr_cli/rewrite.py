@@ -42,14 +42,6 @@ def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, FakeQuantizer)}
 
 
-def groups(model: nn.Module, plan: Plan) -> dict[str, list[FakeQuantizer]]:
-    """The quantizers of each module of the plan, by module path; none for a module that stays float."""
-    owned: dict[str, list[FakeQuantizer]] = {module.path: [] for module in plan.modules}
-    for path, quantizer in quantizers(model).items():
-        owned[_owner(path)].append(quantizer)
-    return owned
-
-
 def set_enabled(model: nn.Module, paths: Iterable[str] | None, enabled: bool) -> None:
     """Switch the quantizers of these modules (of all modules: None) on or off."""
     wanted = None if paths is None else set(paths)

@@ -23,7 +23,7 @@ from qdetr_cli.families import family_of
 from qdetr_cli.layers import QuantLinear
 from qdetr_cli.plan import make_plan
 from qdetr_cli.recipe import recipe_from_dict
-from qdetr_cli.rewrite import groups, quantizers, rewrite, set_enabled
+from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
 from qdetr_cli.trace import trace
 
 NAMES = ["detr", "detr, timm", "conditional_detr", "rt_detr", "d_fine"]
@@ -126,11 +126,12 @@ def test_attention_stays_an_instance_of_its_class() -> None:
 
 
 @pytest.mark.parametrize("name", ["conditional_detr", "d_fine"])
-def test_switches_and_groups_go_by_module_path(name: str) -> None:
+def test_switches_go_by_module_path(name: str) -> None:
     _, model, plan, _ = rewritten(name)
     model = copy.deepcopy(model)
-    owned = groups(model, plan)
-    assert {q for each in owned.values() for q in each} == set(quantizers(model).values())
+    assert {path.rpartition(".")[0] for path in quantizers(model)} == {
+        m.path for m in plan.modules if not m.is_float
+    }
     chosen = [module.path for module in plan.modules if module.role.startswith("decoder")]
     set_enabled(model, None, False)
     set_enabled(model, chosen, True)
