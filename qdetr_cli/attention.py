@@ -5,8 +5,7 @@ For dense attention that runs the graph (see `capture`) that fits the call, with
 """
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from qdetr_cli.errors import RunError
 from qdetr_cli.quantizers import FakeQuantizer
-
-Arguments = dict[str, Any]
-Signature = tuple[tuple[str, Any], ...]
+from qdetr_cli.recording import Arguments, Signature, bind, describe, leaves, signature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +38,15 @@ class QuantAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attention module gives, with quantizers. RunError for a call that was never captured."""
         arguments = bind(super().forward, args, kwargs)
-        found = self.captured.get(signature_of(arguments))
+        signature = signature_of(arguments)
+        found = self.captured.get(signature) or self.captured.get(in_mode(signature, self.training))
         if found is None:
             known = "; ".join(describe(signature) for signature in self.captured)
             raise RunError(
-                f"{self.path}: called with {describe(signature_of(arguments))}, but captured with {known}. "
+                f"{self.path}: called with {describe(signature)}, but captured with {known}. "
                 "Call the detector with pixel_values, pixel_mask and labels only"
             )
-        return found.run(self, **{name: each for name, each in arguments.items() if isinstance(each, Tensor)})
+        return found.run(self, **tensors_of(arguments))
 
 
 class QuantDeformable(nn.Module):
@@ -69,7 +67,10 @@ class QuantDeformable(nn.Module):
 
 
 class _Sampling(TorchFunctionMode):
-    """Quantizes what softmax gives (B, Q, N, points) and what grid_sample reads (B * N, d, h, w)."""
+    """Quantizes what softmax gives (B, Q, N, points), and the maps (B * N, d, h, w) that are read.
+
+    They are read by grid_sample, or by an index where the sampling is discrete (RT-DETRv2).
+    """
 
     def __init__(self, attention: QuantDeformable) -> None:
         super().__init__()
@@ -79,11 +80,18 @@ class _Sampling(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         probs, value = self.attention.probs_quantizer, self.attention.v_quantizer
-        if func is F.grid_sample and value is not None:
+        if value is not None and (func is F.grid_sample or _is_lookup(func, args)):
             maps = args[0].unflatten(0, (-1, self.attention.heads))  # (B, N, d, h, w)
             args = (value(maps).flatten(0, 1), *args[1:])
         result = func(*args, **(kwargs or {}))
         return probs(result) if func is F.softmax and probs is not None else result
+
+
+def _is_lookup(func: Any, args: tuple[Any, ...]) -> bool:
+    """True for `maps[batch, :, y, x]` with tensors for numbers."""
+    if func is not Tensor.__getitem__ or args[0].dim() != 4 or not isinstance(args[1], tuple):
+        return False
+    return any(isinstance(index, Tensor) for index in args[1])
 
 
 @functools.cache
@@ -92,30 +100,11 @@ def subclass(mixin: Any, kind: Any) -> Any:
     return type(f"{mixin.__name__}Of{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
 
 
-def bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """The arguments of a call by name, in the order of the signature, those that equal a default left out.
-
-    So is what goes into `**kwargs`: transformers passes it through, and eager attention does not read it.
-    """
-    signature = inspect.signature(forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    return {
-        name: value
-        for name, value in bound.items()
-        if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
-        and value is not None
-        and value is not signature.parameters[name].default
-    }
+def in_mode(signature: Signature, training: bool) -> Signature:
+    """The signature of a call that computes something else in training than in eval mode."""
+    return (*signature, ("training", training))
 
 
-def signature_of(arguments: Arguments) -> Signature:
-    """What decides which graph fits: which arguments there are, the ranks of tensors, other values.
-
-    Never the Python type of a tensor: under a later export these are fake tensors.
-    """
-    return tuple((name, f"{v.dim()}-d" if isinstance(v, Tensor) else v) for name, v in arguments.items())
-
-
-def describe(signature: Signature) -> str:
-    """A signature in words."""
-    return ", ".join(f"{name} ({value})" for name, value in signature)
+def tensors_of(arguments: Arguments) -> dict[str, Tensor]:
+    """What a captured graph takes: the tensors among the arguments, by name."""
+    return {name: each for name, each in leaves(arguments).items() if isinstance(each, Tensor)}

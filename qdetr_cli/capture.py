@@ -5,10 +5,8 @@ Its graph calls the module's children by name, so that a quantized Linear takes 
 """
 
 import copy
-import inspect
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,10 +17,10 @@ from torch.export.graph_signature import InputKind
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from qdetr_cli.attention import Arguments, Captured, Signature, bind, signature_of
+from qdetr_cli.attention import Captured, in_mode, tensors_of
+from qdetr_cli.recording import Arguments, Signature, leaves, record_calls, undisturbed
 from qdetr_cli.trace import PRODUCTS, SOFTMAX
 
-Calls = dict[Signature, Arguments]
 Graphs = dict[Signature, fx.Graph]
 
 aten = torch.ops.aten
@@ -32,96 +30,74 @@ _CHECKS = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
-_SIZE = (128, 160)  # pixels of the recorded calls: a few tokens at stride 32, none of the counts equal
 
 
 def capture_all(model: nn.Module, paths: Collection[str]) -> dict[str, Graphs]:
     """The graphs of each dense attention module, by module path. Modules that are built alike share them."""
-    shared: dict[Any, fx.Graph] = {}
+    shared: dict[Any, Graphs] = {}
     found: dict[str, Graphs] = {path: {} for path in paths}
     for path, calls in record_calls(model, paths).items():
         attention = model.get_submodule(path)
-        for signature, arguments in calls.items():
-            build = (signature, _build(attention), _broadcast_sides(arguments))
+        for signature in dict.fromkeys(signature for signature, _ in calls):
+            modes = {mode: calls[signature, mode] for mode in (True, False) if (signature, mode) in calls}
+            sides = tuple((mode, _broadcast_sides(arguments)) for mode, arguments in modes.items())
+            build = (signature, sides, _build(attention))
             if build not in shared:
-                shared[build] = capture(attention, arguments)
-            found[path][signature] = shared[build]
+                shared[build] = _capture_modes(attention, signature, modes)
+            found[path] |= shared[build]
     return found
+
+
+def _capture_modes(attention: nn.Module, signature: Signature, modes: Mapping[bool, Arguments]) -> Graphs:
+    """One graph where dropout is all that training changes, as nearly everywhere; else one for each mode.
+
+    `modes` holds the arguments of a call in training (True) and in eval mode (False), or one of the two.
+    """
+    arguments = next(iter(modes.values()))
+    graph = capture(attention, arguments, training=True)
+    if _is_true_in_eval(graph, attention, arguments):
+        return {signature: graph}
+    found = {in_mode(signature, True): graph}
+    if False in modes:
+        found[in_mode(signature, False)] = capture(attention, modes[False], training=False)
+    return found
+
+
+@torch.no_grad()
+def _is_true_in_eval(graph: fx.Graph, attention: nn.Module, arguments: Arguments) -> bool:
+    """Whether a graph from training computes what the module computes in eval mode."""
+    with undisturbed(attention):
+        expected = pytree.tree_leaves(attention.eval()(**arguments))
+        found = pytree.tree_leaves(compiled(graph, attention).run(attention, **tensors_of(arguments)))
+    return all(
+        mine.shape == wanted.shape and torch.allclose(mine, wanted, equal_nan=True)
+        for mine, wanted in zip(found, expected, strict=True)
+        if isinstance(wanted, Tensor)
+    )
 
 
 def _build(module: nn.Module) -> tuple[Any, ...]:
     """All that its code may have written into a graph: class, children, plain attributes."""
     plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    plain.pop("training", None)
     return type(module), repr(module), tuple(sorted(plain.items()))
 
 
 def _broadcast_sides(arguments: Arguments) -> tuple[tuple[int, int], ...]:
     """Which sides of which arguments are 1, and so are fixed in a graph."""
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    tensors = tensors_of(arguments).values()
     return tuple((i, axis) for i, x in enumerate(tensors) for axis, side in enumerate(x.shape) if side == 1)
 
 
-@torch.no_grad()
-def record_calls(model: nn.Module, paths: Collection[str]) -> dict[str, Calls]:
-    """How the model calls each of these modules: in eval mode, with padding, and in training with labels.
+def capture(attention: nn.Module, arguments: Arguments, *, training: bool) -> fx.Graph:
+    """The graph of one call, without quantizers: inputs are the tensor arguments, by name.
 
-    The model is left as it was, and so is the random state. Transformers drops a mask of ones (but keeps it
-    while it is traced), so there must be real padding.
+    Only in training does the graph know the probability of dropout; it then takes its mode as it runs.
     """
-    calls: dict[str, Calls] = {path: {} for path in paths}
-    if not paths:
-        return calls
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(partial(_record, calls[path]), with_kwargs=True)
-        for path in paths
-    ]
-    try:
-        with _undisturbed(model), torch.random.fork_rng():
-            _run_all_ways(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _record(calls: Calls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    arguments = bind(module.forward, args, kwargs)
-    calls.setdefault(signature_of(arguments), arguments)
-
-
-def _run_all_ways(model: nn.Module) -> None:
-    base: Any = model.base_model  # heads and loss are left out: no attention there
-    height, width = getattr(model.config, "anchor_image_size", None) or _SIZE  # some anchors fix the size
-    pixels = next(model.parameters()).new_ones(2, 3, height, width).uniform_()
-    mask = torch.ones_like(pixels[:, 0], dtype=torch.int64)  # (B, H, W), 1 = valid
-    mask[1, height // 2 :] = 0
-    target = {"class_labels": mask.new_zeros(1), "boxes": pixels.new_full((1, 4), 0.5)}
-    denoised = {"labels": [target, target]} if "labels" in inspect.signature(base.forward).parameters else {}
-    base.eval()
-    base(pixel_values=pixels)
-    base(pixel_values=pixels, pixel_mask=mask)
-    for module in base.modules():
-        module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)  # statistics stay
-    base(pixel_values=pixels, pixel_mask=mask, **denoised)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give every module its mode back at the end."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def capture(attention: nn.Module, arguments: Arguments) -> fx.Graph:
-    """The graph of one call, without quantizers: inputs are the tensor arguments, by name."""
-    program = _export(attention, arguments)
+    program = _export(attention, arguments, training)
     specs = program.graph_signature.input_specs
     given = [spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT]
-    inputs = dict(zip(given, arguments.items(), strict=True))
+    inputs = dict(zip(given, leaves(arguments).items(), strict=True))
     owned = {spec.arg.name: spec.target for spec in specs if spec.target is not None}  # parameters, buffers
     graph = fx.Graph()
     new: dict[fx.Node, Any] = {}
@@ -137,19 +113,26 @@ def capture(attention: nn.Module, arguments: Arguments) -> fx.Graph:
     return graph
 
 
-def _export(attention: nn.Module, arguments: Arguments) -> ExportedProgram:
-    """The exported call, in train mode: only there does the graph know the probability of dropout."""
-    free = {name: _free_sides(value) for name, value in arguments.items()}
-    inputs = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    with _undisturbed(attention):
-        return torch.export.export(attention.train(), (), inputs, dynamic_shapes=free, strict=False)
+def _export(attention: nn.Module, arguments: Arguments, training: bool) -> ExportedProgram:
+    groups = getattr(getattr(attention, "config", None), "group_detr", 1) if training else 1
+    free = pytree.tree_map(partial(_free_sides, groups=groups), arguments)
+    inputs = pytree.tree_map(
+        lambda each: each.detach().clone() if isinstance(each, Tensor) else each, arguments
+    )
+    with undisturbed(attention):
+        attention.train(training)
+        return torch.export.export(attention, (), inputs, dynamic_shapes=free, strict=False)
 
 
-def _free_sides(value: Any) -> Any:
-    """Which sides of an argument stay free: all but those of 1. Export finds out which the weights fix."""
+def _free_sides(value: Any, groups: int) -> Any:
+    """Which sides of an argument stay free: all but those of 1. Export finds out which the weights fix.
+
+    Group-DETR's attention splits the queries of axis 1 in groups of one size.
+    """
     if not isinstance(value, Tensor):
         return None
-    return {axis: Dim.AUTO for axis, side in enumerate(value.shape) if side > 1}
+    free = {axis: Dim.AUTO for axis, side in enumerate(value.shape) if side > 1}
+    return free | {1: groups * Dim("queries")} if groups > 1 else free
 
 
 def _source(graph: fx.Graph, node: fx.Node, inputs: dict[str, Any], owned: dict[str, str]) -> Any:
@@ -242,6 +225,7 @@ def _rank(node: fx.Node) -> int:
 
 def compiled(graph: fx.Graph, attention: nn.Module) -> Captured:
     """The graph with its code, for a module that has all the children that the graph calls."""
+    graph = copy.deepcopy(graph)
     for node in graph.nodes:
         node.meta.clear()
     module = fx.GraphModule(attention, copy.deepcopy(graph))

@@ -2,23 +2,22 @@
 
 import copy
 import json
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
+from qdetr_cli.backbones import lost_activations, open_attention, refuse_channels_last
 from qdetr_cli.configs import build_config
 from qdetr_cli.errors import CheckpointError
 from qdetr_cli.families import Family, family_of, role_of
+from qdetr_cli.folders import PROCESSOR_FILE, first_line, quiet, read_hub, read_local, snapshot
 from qdetr_cli.manifest import (
     HARMLESS,
     MANIFEST,
@@ -30,8 +29,9 @@ from qdetr_cli.manifest import (
     read_manifest,
     save_checkpoint,
 )
-from qdetr_cli.original import read_original
+from qdetr_cli.original import Settings, read_original
 from qdetr_cli.processors import Processor
+from qdetr_cli.tied import restore_tied
 
 __all__ = [
     "MANIFEST",
@@ -46,7 +46,6 @@ __all__ = [
     "save_checkpoint",
     "with_classes",
 ]
-PROCESSOR_FILE = "preprocessor_config.json"
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".onnx")  # of files, so never of a hub id
 
 
@@ -62,23 +61,16 @@ class Detector:
     notes: tuple[str, ...] = ()  # what the user should be told
 
 
-def load_float(
-    source: str | Path,
-    *,
-    heads: int | None = None,
-    dilation: bool | None = None,
-    pre_norm: bool | None = None,
-) -> Detector:
+def load_float(source: str | Path, **settings: Unpack[Settings]) -> Detector:
     """The float detector of a Hugging Face folder, a hub id, a qdetr float folder or an original `.pth`.
 
-    `heads`, `dilation` and `pre_norm` are for a `.pth` that does not say them. Only a hub id uses the net.
+    `settings` are for a `.pth` that does not say them. Only a hub id uses the net.
     Weights are loaded strictly: CheckpointError lists what is missing and unexpected.
     """
     path = Path(source)
-    options = {"heads": heads, "dilation": dilation, "pre_norm": pre_norm}
     if path.is_file():
-        return _load_original(path, options)
-    if given := [name for name, value in options.items() if value is not None]:
+        return _load_original(path, settings)
+    if given := [name for name, value in settings.items() if value is not None]:
         raise CheckpointError(f"{source}: {', '.join(given)} can only be set for an original .pth")
     if is_qdetr_folder(path):
         return _load_qdetr(path)
@@ -86,7 +78,7 @@ def load_float(
         return _load_pretrained(str(source), local=path.is_dir())
     raise CheckpointError(
         f"{source}: no such file or folder, and not a hub id (owner/name); give a Hugging Face folder, a hub "
-        "id, an original DETR .pth, or a folder that qdetr wrote"
+        "id, an original .pth, or a folder that qdetr wrote"
     )
 
 
@@ -117,7 +109,7 @@ def with_classes(detector: Detector, class_names: Sequence[str]) -> Detector:
     config.id2label = names  # sets num_labels
     config.label2id = {name: index for index, name in names.items()}
     model = _build(config, seed=0)
-    _free_backbone(model, detector.family)
+    _prepare_backbone(model, detector.family)
     replaced = _copy_unclassed(detector.model, model)
     _start_at_prior(model, detector.family)
     note = (
@@ -127,12 +119,11 @@ def with_classes(detector: Detector, class_names: Sequence[str]) -> Detector:
 
 
 def _load_pretrained(source: str, *, local: bool) -> Detector:
-    content, processor = _read_local(Path(source)) if local else _read_hub(source)
+    content, processor = read_local(Path(source)) if local else read_hub(source)
     config = build_config(content)
-    kind = getattr(transformers, family_of(config).model_class)
     try:
-        with _quiet():
-            model, info = kind.from_pretrained(
+        with quiet():
+            model, info = family_of(config).kind.from_pretrained(
                 source,
                 config=config,
                 attn_implementation="eager",
@@ -141,8 +132,9 @@ def _load_pretrained(source: str, *, local: bool) -> Detector:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed below, and refused
             )
+            restore_tied(model, Path(source) if local else snapshot(source))
     except Exception as error:  # transformers, safetensors, torch and pickle raise many types here
-        raise CheckpointError(f"{source}: the weights cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: the weights cannot be read: {first_line(error)}") from error
     _refuse_differences(source, info)
     return _detector(model, processor, source=source)
 
@@ -156,9 +148,9 @@ def _load_qdetr(folder: Path) -> Detector:
     return replace(detector, class_names=manifest.class_names, source=str(folder))
 
 
-def _load_original(path: Path, options: Mapping[str, Any]) -> Detector:
-    found = read_original(path, **options)
-    built = load_config_model(found.config, None)
+def _load_original(path: Path, settings: Settings) -> Detector:
+    found = read_original(path, **settings)
+    built = load_config_model(found.config, found.processor)
     faults = differences(found.state, built.model.state_dict())
     if faults:
         raise CheckpointError(
@@ -168,72 +160,47 @@ def _load_original(path: Path, options: Mapping[str, Any]) -> Detector:
     return replace(built, source=str(path), notes=found.notes)
 
 
-def _read_local(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(config.json, preprocessor_config.json or None) of a folder."""
-    config = _read_json(folder / "config.json")
-    if config is None:
-        raise CheckpointError(f"{folder}: holds neither {MANIFEST} (qdetr) nor config.json (Hugging Face)")
-    processor = _read_json(folder / PROCESSOR_FILE)
-    if processor is None and (whole := _read_json(folder / "processor_config.json")):
-        processor = whole.get("image_processor")
-    return config, processor
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def _read_hub(source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    try:
-        with _quiet():
-            config, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source}: is no folder here, and the Hugging Face hub does not give it ({_first_line(error)}); "
-            "download it where there is a network and name the folder"
-        ) from error
-    try:
-        with _quiet():
-            processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
-    except (OSError, ValueError):  # optional on the hub as it is in a folder; _detector adds a note
-        return config, None
-    return config, processor
-
-
 def _detector(model: Any, processor: Mapping[str, Any] | None, source: str) -> Detector:
     family = family_of(model)
-    _free_backbone(model, family)
+    _prepare_backbone(model, family)
     fallback = f"no {PROCESSOR_FILE}: images are prepared as {family.name} does by default"
     return Detector(
         model=model.eval(),
         family=family,
-        processor=Processor.from_config(processor or {}, family.processor),
+        processor=Processor.from_config(processor or {}, _pixels(family, model.config)),
         class_names={int(index): str(name) for index, name in model.config.id2label.items()},
         source=source,
-        notes=() if processor else (fallback,),
+        notes=(*(() if processor else (fallback,)), *lost_activations(model)),
     )
+
+
+def _pixels(family: Family, config: Any) -> Processor:
+    """How images are prepared for a checkpoint that does not say it: sides are what the model can divide."""
+    step, side = family.divisible(config), family.square(config)
+    pixels = replace(family.processor, divisor=math.lcm(family.processor.divisor, step))
+    if side is None:
+        return pixels
+    side = step * math.ceil(side / step)
+    return replace(pixels, size=(side, side), shortest=None, longest=None, pad=False)
 
 
 def _build(config: PreTrainedConfig, seed: int | None = None) -> Any:
     """A model of the config with random weights; with a `seed` the global generator is left alone."""
-    kind = getattr(transformers, family_of(config).model_class)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), _quiet():
+    kind = family_of(config).kind
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), quiet():
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         model = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     return model.eval()
 
 
-def _free_backbone(model: nn.Module, family: Family) -> None:
-    """Let the backbone learn: transformers freezes some or all of it by name; recipes say what is frozen."""
+def _prepare_backbone(model: nn.Module, family: Family) -> None:
+    """Let the backbone learn, and its attention be seen.
+
+    transformers freezes some or all of a backbone by its name; here recipes say what is frozen.
+    """
+    refuse_channels_last(model)
+    open_attention(model)
     for name, parameter in model.named_parameters():
         if role_of(family, name).startswith("backbone"):
             parameter.requires_grad_(True)
@@ -286,24 +253,3 @@ def _may_be_hub_id(source: str) -> bool:
     if Path(source).suffix in SUFFIXES or ("/" in source and Path(source).parent.is_dir()):
         return False
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and warnings of the libraries are left out; what matters is raised or noted by us."""
-    log, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
-    before = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    hub.setLevel(logging.ERROR)
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(before[0])
-        hub.setLevel(before[1])
-        if before[2]:
-            log.enable_progress_bar()

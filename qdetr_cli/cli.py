@@ -63,6 +63,12 @@ Dilation = Annotated[
 PreNorm = Annotated[
     bool | None, typer.Option("--pre-norm/--post-norm", help="For an original .pth that does not say.")
 ]
+Original = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--original", metavar="NAME=VALUE", help="What else an original .pth does not say. Repeatable."
+    ),
+]
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugins", help="A folder of plugin files to load. Repeatable.")
 ]
@@ -115,6 +121,7 @@ def inspect(
     heads: Heads = None,
     dilation: Dilation = None,
     pre_norm: PreNorm = None,
+    original: Original = None,
     plugins: Plugins = None,
     set_: Set = None,
     device: Device = "auto",
@@ -124,7 +131,7 @@ def inspect(
     from qdetr_cli import models, pipeline, report
 
     page = report.Page(json=json)
-    options = models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm)
+    options = models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm)
     found = pipeline.inspect(
         options,
         recipe=recipe,
@@ -153,6 +160,7 @@ def quantize(
     heads: Heads = None,
     dilation: Dilation = None,
     pre_norm: PreNorm = None,
+    original: Original = None,
     plugins: Plugins = None,
     set_: Set = None,
     device: Device = "auto",
@@ -163,7 +171,7 @@ def quantize(
 
     page = report.Page(json=json)
     result = pipeline.quantize(
-        models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
+        models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm),
         recipe=recipe,
         overrides=set_ or (),
         data=results.DataSource(data, images=images, train=train_split, split=split),
@@ -194,6 +202,7 @@ def finetune(
     heads: Heads = None,
     dilation: Dilation = None,
     pre_norm: PreNorm = None,
+    original: Original = None,
     plugins: Plugins = None,
     set_: Set = None,
     device: Device = "auto",
@@ -204,7 +213,7 @@ def finetune(
 
     page = report.Page(json=json, tensorboard=out / "tensorboard" if tensorboard else None)
     result = pipeline.finetune(
-        models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
+        models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm),
         recipe=recipe,
         overrides=set_ or (),
         data=results.DataSource(data, images=images, train=train_split, split=split),
@@ -237,6 +246,7 @@ def evaluate(
     heads: Heads = None,
     dilation: Dilation = None,
     pre_norm: PreNorm = None,
+    original: Original = None,
     plugins: Plugins = None,
     device: Device = "auto",
     json: Json = False,
@@ -246,7 +256,7 @@ def evaluate(
 
     page = report.Page(json=json)
     result = pipeline.evaluate(
-        models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
+        models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm),
         data=results.DataSource(data, images=images, split=split),
         ladder=ladder,
         batch_size=batch_size,
@@ -274,6 +284,7 @@ def predict(
     heads: Heads = None,
     dilation: Dilation = None,
     pre_norm: PreNorm = None,
+    original: Original = None,
     plugins: Plugins = None,
     device: Device = "auto",
     json: Json = False,
@@ -283,7 +294,7 @@ def predict(
 
     page = report.Page(json=json)
     found = pipeline.predict(
-        models.Source(model, heads=heads, dilation=dilation, pre_norm=pre_norm),
+        models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm),
         images,
         threshold=threshold,
         out=out,
@@ -320,10 +331,11 @@ def demo(
 @app.command("plugins")
 @reported
 def list_plugins(plugins: Plugins = None, json: Json = False) -> None:
-    """What is registered, and where it came from."""
-    from qdetr_cli import pipeline, report
+    """What is registered and where it came from, and what is supported of each family."""
+    from qdetr_cli import pipeline, report, support
 
-    report.Page(json=json).plugin_table(pipeline.plugin_entries(plugins or ()))
+    entries = pipeline.plugin_entries(plugins or ())
+    report.Page(json=json).plugin_table(entries, [row.cells() for row in support.supported()])
 
 
 @recipe_app.command("list")

@@ -40,7 +40,7 @@ def build_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     family = family_of(str(config.get("model_type")))
     repaired = repair(config)
     try:
-        return CONFIG_MAPPING[family.name].from_dict(repaired)
+        return family.kind.config_class.from_dict(repaired)
     except Exception as error:  # the config classes raise many types; all mean that the file is not theirs
         raise CheckpointError(f"config.json: transformers refuses it for {family.name}: {error}") from error
 
@@ -85,7 +85,10 @@ def _named_backbone(old: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         name,
         out_indices=options.get("out_indices") or _out_indices(config),
         output_stride=options.get("output_stride") or (16 if config.get("dilation") else None),
-        num_channels=options.get("num_channels") or config.get("num_channels") or 3,
+        num_channels=options.get("num_channels")
+        or options.get("in_chans")
+        or config.get("num_channels")
+        or 3,
     )
 
 

@@ -1,6 +1,6 @@
-"""Linear and Conv2d that quantize weight and input, sharing the parameters of the layer they replace."""
+"""Linear and convolutions that quantize weight and input, sharing the parameters of what they replace."""
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,7 +69,43 @@ class QuantConv2d(nn.Conv2d):
         return y
 
 
-Layer = TypeVar("Layer", QuantLinear, QuantConv2d)
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on quantized weight (D_in, D_out / groups, h, w) and input (B, D_in, H, W)."""
+
+    weight_quantizer: FakeQuantizer | None
+    input_quantizer: FakeQuantizer | None
+
+    @classmethod
+    def from_float(
+        cls, module: nn.ConvTranspose2d, *, weight: QuantFormat | None, input: QuantFormat | None
+    ) -> "QuantConvTranspose2d":
+        """Return the quantized layer of a float one: the same Parameters, not copies. None leaves a slot
+        float.
+
+        Raises RecipeError for a format that an integer kernel cannot use, and for a layer that computes
+        something else than nn.ConvTranspose2d.
+        """
+        return _adopt(cls, nn.ConvTranspose2d, module, weight, input)
+
+    def calibrate_weight(self) -> None:
+        """Set the weight's steps from the weight itself."""
+        _calibrate(self.weight_quantizer, self.weight)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return (B, D_out, H', W')."""
+        if output_size is not None:
+            raise RecipeError("a transposed convolution that is given its output size stays float")
+        x = _quantized(self.input_quantizer, input)
+        return self._conv_transpose(x, _weight(self))
+
+    def _conv_transpose(self, x: Tensor, weight: Tensor) -> Tensor:
+        padding = cast(tuple[int, ...], self.padding)  # torch refuses names here
+        options = (self.stride, padding, self.output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(x, weight, self.bias, *options)
+
+
+QUANTIZED = (QuantLinear, QuantConv2d, QuantConvTranspose2d)
+Layer = TypeVar("Layer", QuantLinear, QuantConv2d, QuantConvTranspose2d)
 
 
 def _quantized(quantizer: FakeQuantizer | None, x: Tensor) -> Tensor:
@@ -79,7 +115,7 @@ def _quantized(quantizer: FakeQuantizer | None, x: Tensor) -> Tensor:
     return y
 
 
-def _weight(layer: QuantLinear | QuantConv2d) -> Tensor:
+def _weight(layer: QuantLinear | QuantConv2d | QuantConvTranspose2d) -> Tensor:
     return _quantized(layer.weight_quantizer, layer.weight)
 
 
@@ -95,7 +131,8 @@ def _adopt(
     layer = cls.__new__(cls)
     for name, value in vars(module).items():
         layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    layer.weight_quantizer = None if weight is None else _weight_quantizer(weight, layer.weight)
+    axis = 1 if base is nn.ConvTranspose2d else 0  # of the output channels
+    layer.weight_quantizer = None if weight is None else _weight_quantizer(weight, layer.weight, axis)
     layer.input_quantizer = None if input is None else _input_quantizer(input, layer.weight)
     return layer.train(module.training)
 
@@ -110,11 +147,12 @@ def _check_same_arithmetic(base: type[nn.Module], module: nn.Module) -> None:
             )
 
 
-def _weight_quantizer(format: QuantFormat, weight: Tensor) -> FakeQuantizer:
+def _weight_quantizer(format: QuantFormat, weight: Tensor, axis: int) -> FakeQuantizer:
     if not format.symmetric or format.unsigned:
         raise RecipeError("weight: an integer kernel needs symmetric: true, unsigned: false")
     if format.per == "channel":
-        return make_quantizer(format, axis=0, channels=weight.shape[0], batched=False).to(weight.device)
+        channels = weight.shape[axis]
+        return make_quantizer(format, axis=axis, channels=channels, batched=False).to(weight.device)
     _check_per_tensor(format, "weight", "tensor, channel")
     return make_quantizer(format, axis=None, channels=1, batched=False).to(weight.device)
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from qdetr_cli import plugins
 from qdetr_cli.boxes import cxcywh_to_xyxy, giou
 from qdetr_cli.data import Batch
-from qdetr_cli.errors import DivergedError
+from qdetr_cli.errors import DivergedError, RunError
 from qdetr_cli.families import Family
 from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
 
@@ -41,29 +41,57 @@ class DetectionLoss:
 def detection_loss(model: nn.Module, family: Family, batch: Batch, *, auxiliary: bool) -> DetectionLoss:
     """The family's own set loss (transformers' implementation) of `model` on `batch`.
 
-    `auxiliary` adds the loss of every decoder layer. It never changes the predictions: DETR, Conditional-DETR
-    and Table Transformer would feed the normed state on when `config.auxiliary_loss` is set, so where the
-    checkpoint has it off the layers are read with hooks and only the loss sees a changed copy of the config.
-    `model` may be wrapped (DDP): the loss is computed inside its forward.
+    `auxiliary` adds the loss of every decoder layer, where the family has decoder layers. It never changes
+    the predictions: DETR, Conditional-DETR and Table Transformer would feed the normed state on when
+    `config.auxiliary_loss` is set, so where the checkpoint has it off the layers are read with hooks and only
+    the loss sees a changed copy of the config. The predictions are those of the queries that eval mode has.
+    `model` may be wrapped (DDP): the loss is computed inside its forward. RunError where there is no loss.
     """
+    check_trainable(family)
     inner = cast(nn.Module, getattr(model, "module", model))
-    with _loss_in_forward(inner, family, auxiliary):
+    with _loss_in_forward(inner, family, auxiliary and family.layer_losses):
         outputs = model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
     terms: dict[str, Tensor] = {}
     for name, value in outputs.loss_dict.items():
         key = LAYER_SUFFIX.sub("", name)
         terms[key] = terms.get(key, torch.zeros_like(value.detach())) + value.detach()
-    return DetectionLoss(total=outputs.loss, terms=terms, predictions=predictions_of(outputs))
+    found = _first_group(predictions_of(outputs), _query_groups(inner, family))
+    return DetectionLoss(total=outputs.loss, terms=terms, predictions=found)
+
+
+def check_trainable(family: Family) -> None:
+    """Raise RunError for a family that transformers has no loss for."""
+    if not family.trainable:
+        raise RunError(
+            f"{family.name}: transformers has no loss for it, so it cannot be trained; inspect, quantize "
+            "(calibration alone) and eval work"
+        )
+
+
+def _query_groups(model: Any, family: Family) -> int:
+    """How many groups of queries a forward pass runs: in eval mode one."""
+    return int(model.config.group_detr) if family.query_groups and model.training else 1
+
+
+def _first_group(predictions: Predictions, groups: int) -> Predictions:
+    """Those of the group that eval mode has."""
+    queries = predictions.logits.shape[1] // groups
+    return Predictions(logits=predictions.logits[:, :queries], boxes=predictions.boxes[:, :queries])
 
 
 def predictions_of(outputs: Any) -> Predictions:
     """The real queries' predictions: denoising queries, which come first, are left out."""
-    logits, boxes = outputs.logits, outputs.pred_boxes
     denoising = getattr(outputs, "denoising_meta_values", None)
-    if denoising is not None and logits.shape[1] == sum(denoising["dn_num_split"]):
-        first = denoising["dn_num_split"][0]
-        logits, boxes = logits[:, first:], boxes[:, first:]
+    logits, boxes = _real_queries(outputs.logits, outputs.pred_boxes, denoising)
     return Predictions(logits=logits, boxes=boxes)
+
+
+def _real_queries(logits: Tensor, boxes: Tensor, denoising: Any) -> tuple[Tensor, Tensor]:
+    """Logits and boxes without the denoising queries that transformers' `denoising_meta_values` counts."""
+    if denoising is None or logits.shape[1] != sum(denoising["dn_num_split"]):
+        return logits, boxes
+    first = denoising["dn_num_split"][0]
+    return logits[:, first:], boxes[:, first:]
 
 
 def distillation_loss(
@@ -138,6 +166,8 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
     flag = config.auxiliary_loss
     wanted = copy.copy(config)
     wanted.auxiliary_loss = auxiliary
+    if family.query_groups:
+        wanted.group_detr = _query_groups(model, family)  # transformers matches in groups in eval mode too
     read_layers = auxiliary and not flag and family.auxiliary_changes_predictions
     if not family.auxiliary_changes_predictions:
         config.auxiliary_loss = auxiliary  # DAB-DETR hands its layers to the loss only then
@@ -147,6 +177,8 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
     ) -> Any:
         if read_layers:
             stacks = auxiliary_predictions(model, layers, decoder[-1])
+        if not auxiliary:  # denoising queries have auxiliary losses alone; DEIMv2 would match them as well
+            logits, boxes = _real_queries(logits, boxes, rest.pop("denoising_meta_values", None))
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise DivergedError("the predictions are not finite")  # the matcher would not say so
         with torch.autocast(device_type=torch.device(device).type, enabled=False):

@@ -1,8 +1,10 @@
 """A model in memory: opened from anywhere, rewritten under a recipe, fitted to the classes of data, saved."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Unpack, get_args, get_type_hints
 
 import torch
 import torchvision
@@ -17,6 +19,7 @@ from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeErro
 from qdetr_cli.families import Family
 from qdetr_cli.manifest import Manifest, is_qdetr_folder, load_weights, read_manifest, save_checkpoint
 from qdetr_cli.metrics import Metrics
+from qdetr_cli.original import Settings
 from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.recipe import Recipe, recipe_from_dict
 from qdetr_cli.rewrite import rewrite
@@ -32,9 +35,7 @@ class Source:
     """Where a model comes from, with what an original `.pth` may not say of itself."""
 
     model: str
-    heads: int | None = None
-    dilation: bool | None = None
-    pre_norm: bool | None = None
+    original: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,23 +59,48 @@ class Model:
         return self.detector.family
 
 
+def source_of(model: str, given: Sequence[str] = (), **settings: Unpack[Settings]) -> Source:
+    """The source with what a user says of it, in `settings` and as `name=value`; None says nothing.
+
+    Raises RunError for a name that no original file has or that is said twice, and for other types of values.
+    """
+    said: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    for name, value in map(_original_setting, given):
+        if name in said:
+            raise RunError(f"--original {name}: is said twice, {said[name]} and {value}")
+        said[name] = value
+    return Source(model, Settings(**said))  # type: ignore[typeddict-item]
+
+
+def _original_setting(text: str) -> tuple[str, Any]:
+    """(name, value) of `name=value`, the value as `Settings` has it."""
+    kinds = {name: get_args(kind)[0] for name, kind in get_type_hints(Settings).items()}
+    name, _, value = text.partition("=")
+    if name not in kinds:
+        raise RunError(f"--original {text}: is not NAME=VALUE with one of {', '.join(kinds)}")
+    try:
+        return name, {"true": True, "false": False}[value] if kinds[name] is bool else kinds[name](value)
+    except (KeyError, ValueError) as error:
+        kind = "true or false" if kinds[name] is bool else "a whole number"
+        raise RunError(f"--original {text}: {name} is {kind}") from error
+
+
 def open_model(source: Source, say: Say) -> Model:
     """The model of `source`: float, or fake-quant if it is a folder that qdetr wrote under rules."""
     folder = checkpoint_folder(Path(source.model))
     if folder is None:
-        detector = load_float(
-            source.model, heads=source.heads, dilation=source.dilation, pre_norm=source.pre_norm
-        )
+        detector = load_float(source.model, **source.original)
         for note in detector.notes:
             say(note)
         return Model(detector=detector)
-    if source != Source(source.model):
+    if source.original:
         raise CheckpointError(
-            f"{source.model}: heads, dilation and pre-norm can only be set for an original .pth"
+            f"{source.model}: {', '.join(source.original)} can only be set for an original .pth"
         )
     if folder != Path(source.model):
         say(f"{source.model}: reading {folder.name}/")
     manifest = read_manifest(folder)
+    _check_plugins(manifest, source)
     if manifest.kind == "float":
         return Model(detector=replace(load_float(folder), source=source.model))
     return _fake_quant(folder, manifest, source)
@@ -116,6 +142,8 @@ def fitted_to(model: Model, data: DetectionData, say: Say) -> Model:
     missing = missing_classes(model.detector, data.class_names)
     if model.plan is not None:
         raise _unknown_classes(model, data, "put the recipe on the float checkpoint with this data")
+    if not model.family.trainable:
+        raise _unknown_classes(model, data, "it cannot be trained, so give it data of its own classes")
     say(
         f"the checkpoint has no class for {_some(missing)}: it gets a new class head of "
         f"{len(data.class_names)} classes, which knows nothing before fine-tuning"
@@ -137,10 +165,11 @@ def trace_size(model: Model, given: tuple[int, int] | None = None) -> tuple[int,
 
 
 def check_scales(model: Model, scales: Sequence[int]) -> None:
-    """Raise RecipeError for squares that a family with a feature pyramid cannot halve to its last stride."""
-    stride = max(getattr(model.detector.model.config, "feat_strides", (1,)))
+    """Raise RecipeError for squares that the model cannot divide, such as a pyramid to its last stride."""
+    processor = model.detector.processor
+    stride = math.lcm(processor.divisor, max(getattr(model.detector.model.config, "feat_strides", (1,))))
     odd = [str(scale) for scale in scales if scale % stride]
-    if model.family.squash and odd:
+    if processor.size is not None and odd:
         raise RecipeError(
             f"train.augment.scales: {', '.join(odd)}: {model.family.name} needs multiples of {stride}"
         )
@@ -211,20 +240,23 @@ def _fake_quant(folder: Path, manifest: Manifest, source: Source) -> Model:
     detector: Detector = replace(load_config_model(manifest.config, manifest.processor), source=source.model)
     recipe = recipe_from_dict(manifest.recipe, source=str(folder))
     facts, plan = GraphFacts.from_dict(manifest.facts), Plan.from_dict(manifest.plan)
-    _check_plugins(plan, recipe, source)
     rewrite(detector.model, plan, facts)
     load_weights(folder, detector.model)
     return Model(detector=detector, facts=facts, plan=plan, recipe=recipe)
 
 
-def _check_plugins(plan: Plan, recipe: Recipe, source: Source) -> None:
-    """Raise PluginError for quantizers that are not registered. A checkpoint imports nothing by itself."""
-    needed = {slot.format.quantizer for module in plan.modules for slot in module.slots if slot.format}
-    if missing := sorted(needed - set(plugins.names("quantizer"))):
-        folders = " ".join(f"--plugins {folder}" for folder in recipe.plugins) or "--plugins FOLDER"
+def _check_plugins(manifest: Manifest, source: Source) -> None:
+    """Raise PluginError for a family or quantizers that nobody registered: a checkpoint imports nothing."""
+    modules = Plan.from_dict(manifest.plan).modules if manifest.plan else ()
+    used = {slot.format.quantizer for module in modules for slot in module.slots if slot.format}
+    missing = [f"the quantizer {name}" for name in sorted(used - set(plugins.names("quantizer")))]
+    if manifest.family not in plugins.names("family"):
+        missing.insert(0, f"the family {manifest.family}")
+    if missing:
+        folders = recipe_from_dict(manifest.recipe, source=source.model).plugins or ("FOLDER",)
         raise PluginError(
-            f"{source.model}: needs the quantizer {', '.join(missing)} of a plugin; a checkpoint imports "
-            f"nothing by itself, so name where it lies: {folders}"
+            f"{source.model}: needs {' and '.join(missing)} of a plugin; a checkpoint imports nothing by "
+            f"itself, so name where it lies: {' '.join(f'--plugins {folder}' for folder in folders)}"
         )
 
 

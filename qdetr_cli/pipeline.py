@@ -12,6 +12,7 @@ from qdetr_cli.errors import RecipeError, RunError
 from qdetr_cli.evaluate import Bench, Rung, detect, detect_all
 from qdetr_cli.evaluate import evaluate as evaluate_model
 from qdetr_cli.evaluate import ladder as climb
+from qdetr_cli.losses import check_trainable
 from qdetr_cli.metrics import Metrics, measure
 from qdetr_cli.models import (
     Model,
@@ -128,6 +129,7 @@ def finetune(
     training = _open(data, data.train, listener)
     evaluation = _measured_on(data, training, listener)
     opened = open_model(source, listener.say)
+    check_trainable(opened.family)
     model = fitted_to(opened, training, listener.say)
     known_classes(model, evaluation)
     mentor = teacher_of(chosen, model, listener, new_head=model is not opened)
@@ -336,9 +338,7 @@ def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any
     """What `run.json` holds, and what a resumed run must agree with."""
     return {
         "model": source.model,
-        "heads": source.heads,
-        "dilation": source.dilation,
-        "pre_norm": source.pre_norm,
+        "original": dict(source.original),
         "data": str(data.path),
         "images": None if data.images is None else str(data.images),
         "train_split": data.train,

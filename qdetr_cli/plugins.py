@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from qdetr_cli.errors import PluginError
 
-Kind = Literal["quantizer", "range", "loss", "family", "metric", "exporter"]
+Kind = Literal["quantizer", "range", "loss", "family", "layout", "metric", "exporter"]
 T = TypeVar("T")
 
 GROUP = "qdetr.plugins"

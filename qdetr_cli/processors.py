@@ -8,11 +8,16 @@ from qdetr_cli.errors import CheckpointError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BILINEAR, BICUBIC = 2, 3  # PIL's numbers, which `resample` holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processor:
-    """Resize, scale, normalise and pad. With neither `size` nor `shortest` images keep their size."""
+    """Resize, scale, normalise and pad. With neither `size` nor `shortest` images keep their size.
+
+    After resizing, sides are cut to multiples of `divisor`, as YOLOS's are and those of windowed transformers
+    must be.
+    """
 
     shortest: int | None = None  # DETR: the shorter side after resizing ...
     longest: int | None = None  # ... unless the longer side would pass this
@@ -22,20 +27,26 @@ class Processor:
     rescale: bool = True  # bytes to 0..1
     pad: bool = False  # to the largest image of the batch
     pad_to: int | None = None  # side of the square that every image is padded to
+    divisor: int = 1  # both sides are multiples of it
+    bicubic: bool = False  # else bilinear
+    antialias: bool = True  # False: as OpenCV resizes
+    rounded: bool = True  # resized pixels become bytes again; False: they are resized as real numbers
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], fallback: "Processor | None" = None) -> "Processor":
         """The processor that `preprocessor_config.json` describes; keys that it lacks come from `fallback`.
 
         Reads transformers 5 keys and the older ones (`size` an int, `max_size`, `pad_and_return_pixel_mask`).
-        Raises CheckpointError for what qdetr does not do, such as cropping or bicubic resizing.
+        Raises CheckpointError for what qdetr does not do, such as cropping, and for a size that the divisor
+        does not divide.
         """
         default = fallback or cls()
         _refuse_unsupported(config)
         shortest, longest, size = _resize(config, default)
         mean, std = _normalise(config, default)
         pad = config.get("do_pad", config.get("pad_and_return_pixel_mask"))
-        return cls(
+        resample = config.get("resample")
+        made = cls(
             shortest=shortest,
             longest=longest,
             size=size,
@@ -44,7 +55,13 @@ class Processor:
             rescale=bool(config.get("do_rescale", default.rescale)),
             pad=default.pad if pad is None else bool(pad),
             pad_to=_pad_to(config.get("pad_size"), default),
+            divisor=int(config.get("size_divisor") or default.divisor),
+            bicubic=default.bicubic if resample is None else resample == BICUBIC,
+            antialias=bool(config.get("antialias", default.antialias)),
+            rounded=bool(config.get("round_resized", default.rounded)),
         )
+        _refuse_undivided(made)
+        return made
 
     def to_config(self) -> dict[str, Any]:
         """The keys of a `preprocessor_config.json`, complete, so that `from_config` gives `self` back."""
@@ -57,7 +74,10 @@ class Processor:
             "image_std": list(self.std),
             "do_pad": self.pad,
             "pad_size": None if self.pad_to is None else {"height": self.pad_to, "width": self.pad_to},
-            "resample": 2,
+            "resample": BICUBIC if self.bicubic else BILINEAR,
+            "size_divisor": self.divisor,
+            "antialias": self.antialias,
+            "round_resized": self.rounded,
         }
         if self.size is not None:
             config["size"] = {"height": self.size[0], "width": self.size[1]}
@@ -73,6 +93,13 @@ class Processor:
         """
         if self.size is not None:
             return self.size
+        height, width = self._by_shortest(height, width)
+        return self._divided(height), self._divided(width)
+
+    def _divided(self, side: int) -> int:
+        return max(side - side % self.divisor, self.divisor)
+
+    def _by_shortest(self, height: int, width: int) -> tuple[int, int]:
         if self.shortest is None:
             return height, width
         low, high = min(height, width), max(height, width)
@@ -90,13 +117,25 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     faults = []
     if config.get("do_center_crop"):
         faults.append("do_center_crop")
-    if config.get("do_resize", True) and config.get("resample", 2) not in (2, None):
-        faults.append(f"resample {config['resample']} (only 2, bilinear)")
+    if config.get("do_resize", True) and config.get("resample") not in (BILINEAR, BICUBIC, None):
+        faults.append(f"resample {config['resample']} (only 2, bilinear, and 3, bicubic)")
     factor = config.get("rescale_factor")
     if config.get("do_rescale", True) and factor is not None and abs(float(factor) * 255 - 1) > 1e-6:
         faults.append(f"rescale_factor {factor} (only 1/255)")
     if faults:
         raise CheckpointError(f"preprocessor_config.json: qdetr does not do {', '.join(faults)}")
+
+
+def _refuse_undivided(made: Processor) -> None:
+    for name, sides in (
+        ("size", made.size or ()),
+        ("pad_size", () if made.pad_to is None else (made.pad_to,)),
+    ):
+        if any(side % made.divisor for side in sides):
+            text = "x".join(map(str, sides))
+            raise CheckpointError(
+                f"preprocessor_config.json: {name} {text}: this model needs multiples of {made.divisor}"
+            )
 
 
 Resize = tuple[int | None, int | None, tuple[int, int] | None]
@@ -114,6 +153,8 @@ def _resize(config: Mapping[str, Any], default: Processor) -> Resize:
         size = {"height": size[0], "width": size[1]}
     if size.get("height") and size.get("width"):
         return None, None, (int(size["height"]), int(size["width"]))
+    if size.get("longest_edge") and default.shortest:  # some Table Transformers say no more
+        size = {"shortest_edge": default.shortest, **size}
     if size.get("shortest_edge"):
         longest = size.get("longest_edge") or config.get("max_size") or default.longest
         return int(size["shortest_edge"]), None if longest is None else int(longest), None

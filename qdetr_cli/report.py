@@ -211,15 +211,19 @@ class Page:
             self.say(f"{name}: {len(each.boxes)} objects")
         return None
 
-    def plugin_table(self, entries: Sequence[Entry]) -> None:
-        """What is registered, by kind."""
+    def plugin_table(self, entries: Sequence[Entry], families: Sequence[Mapping[str, str]]) -> None:
+        """What is registered, by kind, and what is supported of each family."""
         if self.json:
             rows = [{"kind": e.kind, "name": e.name, "origin": e.origin} for e in entries]
-            return self._object({"plugins": rows})
+            return self._object({"plugins": rows, "families": list(families)})
         table = Table("kind", "name", "from")
         for entry in entries:
             table.add_row(entry.kind, entry.name, escape(entry.origin))
         self.console.print(table)
+        supported = Table(*families[0])
+        for family in families:
+            supported.add_row(*family.values())
+        self.console.print(supported)
         return None
 
     def recipe_table(self, summaries: Mapping[str, str]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from qdetr_cli.recipe import Train
+from qdetr_cli.families import Family, role_of
+from qdetr_cli.recipe import Train, role_matches
 
 STEP_DECAY = 0.1
 
@@ -26,14 +27,17 @@ def lr_scale(train: Train, step: int, total: int) -> float:
     return 1.0
 
 
-def parameter_groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
-    """AdamW groups: backbone and rest have rates of their own; steps, offsets, norms, biases do not decay."""
+def parameter_groups(model: nn.Module, family: Family, train: Train) -> list[dict[str, Any]]:
+    """AdamW groups: backbone and rest have rates of their own; steps, offsets, norms, biases do not decay.
+
+    What is backbone is a matter of roles: not in every family does its path say so.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = train.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((_rate(name, train), decay), []).append(parameter)
+        groups.setdefault((_rate(name, family, train), decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
@@ -41,8 +45,11 @@ def parameter_groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Stop the gradient of parameters whose path matches a pattern; the patterns that matched nothing."""
-    names = dict(model.named_parameters())
+    """Stop the gradient of parameters whose path matches a pattern; the patterns that matched nothing.
+
+    A shared parameter goes by each of its names.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
         for name, parameter in names.items():
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
@@ -120,7 +127,7 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def _rate(name: str, train: Train) -> float:
+def _rate(name: str, family: Family, train: Train) -> float:
     if name.rsplit(".", 1)[-1] in ("step", "offset"):
         return train.lr if train.quantizer_lr is None else train.quantizer_lr
-    return train.backbone_lr if ".backbone." in f".{name}" else train.lr
+    return train.backbone_lr if role_matches("backbone", role_of(family, name)) else train.lr

@@ -118,10 +118,10 @@ def _check_teacher(student: Detector, teacher: Detector) -> None:
     mine, theirs = student.processor, teacher.processor
     if (mine.mean, mine.std, mine.rescale) != (theirs.mean, theirs.std, theirs.rescale):
         raise RunError(f"--teacher {teacher.source}: normalises pixels in another way than the student")
-    if teacher.model.config.num_queries < student.model.config.num_queries:
+    queries, taught = (each.family.query_count(each.model.config) for each in (student, teacher))
+    if taught < queries:
         raise RunError(
-            f"--teacher {teacher.source}: has {teacher.model.config.num_queries} queries, fewer than the "
-            f"student's {student.model.config.num_queries}"
+            f"--teacher {teacher.source}: has {taught} queries, fewer than the student's {queries}"
         )
 
 

@@ -1,11 +1,12 @@
 """Graph facts: what a detector consists of and computes, read from one torch.export of the whole model.
 
-Nothing is run: torch.export follows the forward pass on shapes alone, and names the module of each node.
+torch.export follows the forward pass in eval mode on shapes alone, and names the module of each node. Nothing
+is run but, where that leaves layers uncalled, one forward pass in training on a small image of noise.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -13,15 +14,20 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from qdetr_cli.backbones import DENSE_ATTENTION
 from qdetr_cli.errors import RunError
 from qdetr_cli.families import Family, role_of
+from qdetr_cli.fold import BATCH_NORMS
+from qdetr_cli.recording import called_in_training
 
 Shape = tuple[int, ...]
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = aten.softmax.int
-_LAYER_CALLS = (aten.linear.default, aten.conv2d.default, aten.conv2d.padding)
+_FUSED = aten.scaled_dot_product_attention.default
+_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+_LAYER_CALLS = (aten.linear.default, aten.conv2d.default, aten.conv2d.padding, aten.conv_transpose2d.input)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +43,9 @@ class LayerFacts:
     weights: int  # elements of the weight, bias apart
     input_shape: Shape  # of the first call, for one image; () when it is never called
     output_shape: Shape
-    weight_shape: Shape
+    weight_shape: Shape  # output channels first
     weight_bypassed: bool  # another module reads the weight without calling this one: not to be quantized
+    only_in_training: bool = False  # called, but never in eval mode: no prediction depends on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +92,9 @@ def trace(model: nn.Module, family: Family, size: tuple[int, int]) -> GraphFacts
     Raises RunError where the model cannot take such an image.
     """
     graph = _Calls(_export(model, size), model)
-    layers = tuple(_layer_facts(path, graph, family) for path in graph.paths_of(nn.Linear, nn.Conv2d))
+    found = [_layer_facts(path, graph, family) for path in graph.paths_of(*_LAYERS)]
+    trained = called_in_training(model, family, [layer.path for layer in found if not layer.calls], size)
+    layers = tuple(replace(layer, only_in_training=layer.path in trained) for layer in found)
     attentions = tuple(_attention_facts(graph, family))
     return GraphFacts(
         family=family.name,
@@ -137,8 +146,8 @@ class _Calls:
         return self.first.get(path, path)
 
     def paths_of(self, *kinds: type[nn.Module]) -> list[str]:
-        """The paths of the modules of these kinds."""
-        return [path for path, module in self.modules.items() if isinstance(module, kinds)]
+        """The first paths of the modules of these kinds."""
+        return [path for path in self.aliases if isinstance(self.modules[path], kinds)]
 
     def named(self, names: Iterable[str]) -> list[str]:
         """The paths of the modules whose class has one of these names."""
@@ -151,34 +160,52 @@ class _Calls:
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First path -> the other paths, for each module."""
-    names: dict[int, list[str]] = defaultdict(list)
+    """First path -> the other paths, for each module; tied copies of a layer are one layer."""
+    names: dict[Any, list[str]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
-        names[id(module)].append(path)
+        names[_identity(module)].append(path)
     return {first: tuple(others) for first, *others in names.values()}
+
+
+def _identity(module: nn.Module) -> Any:
+    """What two modules have in common that compute the same with the same parameters, now and after training.
+
+    transformers ties heads by their parameters: the modules are copies, the tensors are not.
+    """
+    if not isinstance(module, _LAYERS):
+        return id(module)
+    return type(module), repr(module), id(module.weight), id(module.bias)
 
 
 def _layer_facts(path: str, graph: _Calls, family: Family) -> LayerFacts:
     module, calls = graph.modules[path], graph.within(path, *_LAYER_CALLS)
     weight: torch.Tensor = module.get_parameter("weight")
+    shaped = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
     readers = graph.readers[id(weight)] - {path}
     return LayerFacts(
         path=path,
         aliases=graph.aliases[path],
-        op="conv" if isinstance(module, nn.Conv2d) else "linear",
+        op="linear" if isinstance(module, nn.Linear) else "conv",
         role=role_of(family, path),
         calls=len(calls),
-        macs=sum(prod(_shape(call)) * weight[0].numel() for call in calls),
+        macs=sum(_macs(module, call) for call in calls),
         weights=weight.numel(),
         input_shape=_shape(calls[0].args[0]) if calls else (),
         output_shape=_shape(calls[0]) if calls else (),
-        weight_shape=tuple(weight.shape),
+        weight_shape=tuple(shaped.shape),
         weight_bypassed=bool(readers),
     )
 
 
+def _macs(layer: nn.Module, call: fx.Node) -> int:
+    """Multiplications of one call: a row of the weight per output, per input where it is transposed."""
+    weight = layer.get_parameter("weight")
+    outer = call.args[0] if isinstance(layer, nn.ConvTranspose2d) else call
+    return prod(_shape(outer)) * weight[0].numel()
+
+
 def _attention_facts(graph: _Calls, family: Family) -> Iterator[AttentionFacts]:
-    for path in graph.named((*family.attention, *family.deformable)):
+    for path in graph.named((*family.attention, *DENSE_ATTENTION, *family.deformable)):
         softmaxes = graph.within(path, SOFTMAX)
         if not softmaxes:  # not called in eval mode
             continue
@@ -206,10 +233,13 @@ def _dense_shape(path: str, graph: _Calls, probs: Shape) -> tuple[int, int, int]
 
 def _deformable_shape(path: str, graph: _Calls, probs: Shape) -> tuple[int, int, int]:
     """heads, head_dim, macs of the weighted sum; `probs` is (1, Q, N, points)."""
-    samples = graph.within(path, aten.grid_sampler.default)
-    if not samples:
-        raise RunError(f"{path}: deformable attention that does not call grid_sample is not supported")
-    head_dim = _shape(samples[0].args[0])[1]  # (N, d, h, w)
+    read = [_shape(node.args[0]) for node in graph.within(path, aten.grid_sampler.default, aten.index.Tensor)]
+    maps = [shape for shape in read if len(shape) == 4]  # (N, d, h, w)
+    if not maps:
+        raise RunError(
+            f"{path}: deformable attention that reads its values in a way that qdetr does not know"
+        )
+    head_dim = maps[0][1]
     return probs[2], head_dim, prod(probs) * head_dim
 
 
@@ -225,7 +255,7 @@ def _batch_norm_pairs(graph: _Calls, family: Family) -> Iterator[tuple[str, str]
 
 
 def _is_batch_norm(module: nn.Module, family: Family) -> bool:
-    return type(module) is nn.BatchNorm2d or type(module).__name__ in family.frozen_batch_norm
+    return type(module) in BATCH_NORMS or type(module).__name__ in family.frozen_batch_norm
 
 
 def _feeds(graph: _Calls, path: str) -> set[fx.Node]:
@@ -241,8 +271,12 @@ def _unknown_attention(graph: _Calls, known: Iterable[AttentionFacts]) -> Iterat
     for path, nodes in graph.nodes.items():
         softmaxes = [node for node in nodes if node.target is SOFTMAX]
         products = [node for node in nodes if node.target in PRODUCTS]
-        if softmaxes and len(products) > 1 and not any((path + ".").startswith(p + ".") for p in paths):
+        if any((path + ".").startswith(known_path + ".") for known_path in paths):
+            continue
+        if softmaxes and len(products) > 1:
             yield f"{path} looks like attention that qdetr does not know: its products stay float"
+        if any(node.target is _FUSED for node in nodes):
+            yield f"{path} computes attention in one fused call: its products stay float"
 
 
 def _shape(node: Any) -> Shape:

@@ -100,7 +100,7 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.model = _trainable(model.to(self.device), train)
         self.average = None if train.ema is None else MovingAverage(self.model, train.ema)
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, train))
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, family, train))
         self.optimizer = self.accelerator.prepare(optimizer)
         alone = self.accelerator.num_processes == 1  # `prepare` would leave evaluations under autocast
         self.wrapped = self.model if alone else self.accelerator.prepare(self.model)

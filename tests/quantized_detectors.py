@@ -1,29 +1,38 @@
 """Tiny detectors with every slot quantized, their inputs and all their outputs, for tests."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import torch
 from tiny_detectors import tiny_config
 from torch import nn
+from watched_products import seen, watched
 
 from qdetr_cli.attention import QuantAttention
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.families import family_of
 from qdetr_cli.fold import fold_batch_norms
-from qdetr_cli.layers import QuantConv2d, QuantLinear
+from qdetr_cli.layers import QUANTIZED
 from qdetr_cli.plan import make_plan
 from qdetr_cli.quantizers import FakeQuantizer
-from qdetr_cli.recipe import OP_SLOTS, recipe_from_dict
+from qdetr_cli.recipe import OP_SLOTS, ROLES, recipe_from_dict
 from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
 from qdetr_cli.trace import PRODUCTS, GraphFacts, trace
 
+FLOAT_PRODUCTS = {  # D-FINE's expected distance over its bins; PP-DocLayout's order of pairs, and its masks
+    "model.decoder.integral",
+    "reading_order.relative_head",
+    "model.decoder_global_pointer",
+    "model.decoder",
+    "model",
+}
 BITS = {slot: {"bits": 4} for slots in OP_SLOTS.values() for slot in slots}
 
 
-def float_model(name: str) -> nn.Module:
+def float_model(name: str, dropout: float = 0.2, gain: float = 1.0) -> nn.Module:
     """A tiny detector whose weights, biases and statistics are far from their initial zeros and ones."""
-    config = tiny_config(name.removesuffix(", no denoising")) | {"dropout": 0.2, "attention_dropout": 0.2}
+    config = tiny_config(name.removesuffix(", no denoising"))
+    config |= {"dropout": dropout, "attention_dropout": dropout}
     if name.endswith("no denoising"):
         config["num_denoising"] = 0
     torch.manual_seed(0)
@@ -34,7 +43,7 @@ def float_model(name: str) -> nn.Module:
         elif key.endswith(("running_mean", "bias")):
             value.normal_(std=0.3)
         elif value.dim() > 1:
-            value.normal_(std=value[0].numel() ** -0.5)
+            value.normal_(std=gain * value[0].numel() ** -0.5)
     return model.eval()
 
 
@@ -90,7 +99,7 @@ def tensors(name: str, value):
 
 def calibrated(model: nn.Module, given: dict) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, QuantLinear | QuantConv2d):
+        if isinstance(module, QUANTIZED):
             module.calibrate_weight()
     watched = [each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")]
     for each in watched:
@@ -110,18 +119,40 @@ def ready(name: str) -> nn.Module:
     return calibrated(model, inputs("pixels"))
 
 
-def check_equal_while_off(name: str, kind: str, training: bool) -> None:
-    """Every output and the loss: to the last bit once its batch norms are folded too, else up to rounding."""
+def check_family(name: str) -> None:
+    """All that holds for every family: exact while off, in each mode and at other sizes, quantized on."""
+    check_equal_while_off(name, "pixels", False, batch=1, size=(128, 96))
+    check_equal_while_off(name, "mask", False)
+    check_equal_while_off(name, "mask" if untrainable(name) else "labels", True)
+    check_products_are_quantized(name)
+    check_all_take_part(name)
+    check_the_plan_says_it_all(name)
+    check_every_product_is_on_its_grids(name)
+
+
+def untrainable(name: str) -> bool:
+    return not family_of(rewritten(name)[0]).trainable
+
+
+def check_equal_while_off(
+    name: str, kind: str, training: bool, batch: int = 3, size: tuple[int, int] = (96, 64)
+) -> None:
+    """Every output and the loss: to the last bit once its batch norms are folded too, else up to rounding.
+
+    Rounding may reorder what PP-DocLayout sorts, so there only what comes before is compared.
+    """
     reference, model, _, facts = rewritten(name)
     folded = copy.deepcopy(reference)
     fold_batch_norms(folded, facts.batch_norms)
     set_enabled(model, None, False)
-    given = inputs(kind)
+    given = inputs(kind, batch, size)
     expected, exact, got = (run(each, given, training) for each in (reference, folded, model))
     assert got.keys() == exact.keys() == expected.keys()
     assert (".loss" in got) == (kind == "labels")
     for key, value in got.items():
         assert torch.equal(value, exact[key]), key
+        if untrainable(name) and not key.startswith((".encoder_last_hidden_state", ".enc_outputs_class")):
+            continue
         torch.testing.assert_close(
             value, expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
@@ -162,5 +193,55 @@ def check_all_take_part(name: str) -> None:
         quantizer.register_forward_pre_hook(watch)
     run(model, inputs("pixels"), False)
     assert largest.keys() == quantizers(model).keys()
-    run(model, inputs("labels"), True)
+    run(model, inputs("mask" if untrainable(name) else "labels"), True)
     assert all(value < 1e6 for value in largest.values())
+
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+TRAINING = "called in training alone: no prediction depends on it"
+
+
+def check_the_plan_says_it_all(name: str) -> None:
+    """No layer is left out: it is quantized, or the plan says why not; what is planned is in the model."""
+    _, model, plan, _ = rewritten(name)
+    planned = {path: module for module in plan.modules for path in (module.path, *module.aliases)}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, LAYERS):
+            assert isinstance(layer, QUANTIZED) != bool(planned[path].reason), path
+            assert layer.weight is model.get_submodule(planned[path].path).weight, path
+    assert {module.role for module in plan.modules} <= set(ROLES)
+    reasons = {module.path: module.reason for module in plan.modules if module.reason}
+    assert {path for path, reason in reasons.items() if reason == TRAINING} == trained_alone(name)
+
+
+def trained_alone(name: str) -> set[str]:
+    """The layers that the float model calls in training and not in eval mode."""
+    model = copy.deepcopy(rewritten(name)[0])
+    called: dict[bool, set[str]] = {False: set(), True: set()}
+
+    def note(module: nn.Module, _: tuple, path: str) -> None:
+        called[module.training].add(path)
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, LAYERS):
+            layer.register_forward_pre_hook(partial(note, path=path))
+    for training in (False, True):
+        run(model, inputs("pixels"), training)
+    return called[True] - called[False]
+
+
+def check_every_product_is_on_its_grids(name: str) -> None:
+    """In a run with all quantizers on, watched below PyTorch's functions: both operands of every product.
+
+    What the plan does not know must be one of the few products that are no layer and no attention.
+    """
+    _, _, plan, facts = rewritten(name)
+    model = ready(name).eval()
+    samplers = tuple(each.path for each in facts.attentions if each.op == "deformable")
+    with watched(model, samplers) as watch:
+        model(**inputs("mask", 2, (64, 96)))
+    found, strange = seen(model, plan, watch.products)
+    assert all(operand.quantized and operand.on_grid for operand in found)
+    slots = {(module.path, slot.slot) for module in plan.modules for slot in module.slots if slot.format}
+    assert {(operand.path, operand.slot) for operand in found} == slots
+    assert {product.path for product in strange} <= FLOAT_PRODUCTS

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_detectors import CONFIGS, RESNET, TIMM, tiny_config
 
 from qdetr_cli.checkpoint import Detector, load_config_model, load_float, model_config, with_classes
-from qdetr_cli.configs import repair
+from qdetr_cli.configs import build_config, repair
 from qdetr_cli.errors import CheckpointError
 from qdetr_cli.families import FAMILIES, post_process, role_of
 from qdetr_cli.manifest import Manifest, is_qdetr_folder, load_weights, read_manifest, save_checkpoint
@@ -101,7 +102,11 @@ def test_a_hugging_face_folder_loads_exactly(saved):
 
 def test_a_missing_processor_is_the_familys_and_said(saved):
     detector, loaded = saved
-    assert loaded.processor == detector.family.processor
+    config, family = detector.model.config, detector.family
+    expected = replace(family.processor, divisor=family.divisible(config))
+    if side := family.square(config):
+        expected = replace(expected, size=(side, side))
+    assert loaded.processor == expected
     assert loaded.notes == (
         f"no preprocessor_config.json: images are prepared as {detector.family.name} does by default",
     )
@@ -114,7 +119,7 @@ def test_a_processor_is_read(tmp_path, file):
     whole = content if file.startswith("pre") else {"image_processor": content}
     (tmp_path / file).write_text(json.dumps(whole))
     loaded = load_float(tmp_path)
-    assert loaded.processor == Processor(size=(96, 128))
+    assert loaded.processor == Processor(size=(96, 128), divisor=32)
     assert loaded.notes == ()
 
 
@@ -263,6 +268,78 @@ def test_an_old_config_with_a_named_backbone_loads_without_network(tmp_path, old
     detector = build("detr, timm")
     detector.model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(old))
+    assert_same_predictions(load_float(tmp_path), detector)
+
+
+TIMM_INDICES = {"deformable_detr": [2, 3, 4], "rt_detr": [2, 3, 4]}
+NAMED = ("detr", "conditional_detr", "deformable_detr", "table-transformer", "dab-detr", "rt_detr")
+OLD_KEYS = {
+    "kwargs null": {"backbone_kwargs": None, "use_timm_backbone": True, "use_pretrained_backbone": True},
+    "kwargs empty": {"backbone_kwargs": {}, "use_timm_backbone": True, "use_pretrained_backbone": False},
+    "kwargs of timm": {"backbone_kwargs": {"in_chans": 3}, "use_timm_backbone": True},
+    "name alone": {},
+}
+
+
+@pytest.mark.parametrize("keys", OLD_KEYS.values(), ids=OLD_KEYS)
+@pytest.mark.parametrize("name", NAMED, ids=str)
+def test_old_configs_of_each_family_load_without_network(tmp_path, name, keys):
+    """As transformers 4 wrote them: the backbone is a name, its structure nowhere in the file."""
+    indices = TIMM_INDICES.get(name, [1, 2, 3, 4])
+    config = tiny_config(name) | {"backbone_config": {**TIMM, "out_indices": indices}}
+    if name == "rt_detr":
+        config["encoder_in_channels"] = [48, 192, 96]
+    detector = load_config_model(config, None)
+    detector.model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    kwargs = keys.get("backbone_kwargs")
+    if kwargs:
+        keys = keys | {"backbone_kwargs": {**kwargs, "out_indices": indices}}
+    old = {key: value for key, value in written.items() if key != "backbone_config"}
+    old |= {"backbone": "test_resnet", "torch_dtype": "float32", "transformers_version": "4.36.0", **keys}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert_same_predictions(load_float(tmp_path), detector)
+
+
+def test_an_old_yolos_config_loads_without_network(tmp_path):
+    detector = build("yolos")
+    detector.model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    old = {"torch_dtype": "float32", "transformers_version": "4.20.0", "use_timm_backbone": None}
+    (tmp_path / "config.json").write_text(json.dumps(written | old))
+    assert_same_predictions(load_float(tmp_path), detector)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({}, "timm_backbone"),
+        ({"backbone_config": None, "backbone": None, "use_timm_backbone": True}, "timm_backbone"),
+        ({"backbone_config": None, "backbone": None, "use_timm_backbone": False}, "resnet"),
+        ({"backbone_config": {}, "backbone": "resnet50", "backbone_kwargs": None}, "timm_backbone"),
+        ({"backbone": "microsoft/resnet-50", "use_timm_backbone": False, "backbone_kwargs": {}}, "resnet"),
+    ],
+    ids=["no keys", "timm's default", "own default", "empty", "hub name"],
+)
+@pytest.mark.parametrize("name", NAMED[:5], ids=str)
+def test_keys_that_are_missing_mean_what_transformers_means(name, keys, kind):
+    config = build_config({"model_type": name, **keys})
+    backbone = config.backbone_config
+    assert backbone.model_type == kind
+    if kind == "timm_backbone":
+        assert backbone.backbone == "resnet50"
+    else:
+        assert list(backbone.depths) == [3, 4, 6, 3]
+
+
+def test_a_shared_tensor_is_found_under_any_of_its_names(tmp_path):
+    """`save_pretrained` may keep another name of a tied tensor than `from_pretrained` looks for."""
+    detector = build("deimv2-lite")
+    detector.model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert_same_predictions(load_float(tmp_path), detector)
+    swapped = {key.replace("bbox_embed.1.", "bbox_embed.0."): value for key, value in stored.items()}
+    save_file(swapped, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_same_predictions(load_float(tmp_path), detector)
 
 

@@ -361,6 +361,30 @@ def test_a_hub_id_without_network_is_one_message(world, tmp_path):
     assert "facebook/detr-resnet-50: is no folder here, and the Hugging Face hub does not give it" in message
 
 
+def test_what_is_supported_of_each_family_is_listed():
+    found = as_json("plugins", "--plugins", SAMPLES)["families"]
+    rows = {row["family"]: row for row in found}
+    assert rows["d_fine"]["original files"] == "Peterande/D-FINE"
+    assert found[-1]["family"] == "anchor_detr"  # a plugin's, after those built in
+    assert rows["anchor_detr"]["attention"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--original", "legs=4"], "--original legs=4: is not NAME=VALUE with one of heads, dilation"),
+        (["--original", "heads"], "--original heads: heads is a whole number"),
+        (["--original", "queries=many"], "queries is a whole number"),
+        (["--original", "dilation=yes"], "dilation is true or false"),
+        (["--heads", "8", "--original", "heads=4"], "--original heads: is said twice, 8 and 4"),
+        (["--original", "queries=300"], "queries can only be set for an original .pth"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else value[-1],
+)
+def test_what_a_pth_does_not_say_is_checked(world, words, message):
+    assert message in refused("inspect", world.model, *words)
+
+
 def test_options_of_a_pth_are_refused_on_folders(world):
     for model in (world.model, world.quantized):
         assert "can only be set for an original .pth" in refused(

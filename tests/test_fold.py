@@ -1,6 +1,7 @@
 """Folding: each library's batch norm, against the unfolded pair."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -70,9 +71,28 @@ def test_weight_stays_the_same_parameter_and_bias_trains_with_it(trainable: bool
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
 
 
-def test_batch_norm_with_an_activation_inside_is_refused() -> None:
-    with pytest.raises(AssertionError, match="BatchNormAct2d is not affine"):
-        fold_batch_norms(pair(BatchNormAct2d(8)), [("0", "1")])
+@pytest.mark.parametrize("kind", [BatchNormAct2d, FrozenBatchNormAct2d], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Identity], ids=lambda act: act.__name__)
+def test_activations_and_drops_inside_a_batch_norm_stay(kind: type, act: type) -> None:
+    norm = kind(8, eps=1e-3, act_layer=act, drop_layer=partial(nn.Dropout2d, 0.5))
+    float_pair = pair(norm).double()
+    folded = copy.deepcopy(float_pair)
+    fold_batch_norms(folded, [("0", "1")])
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), float_pair(x), rtol=0, atol=1e-13)
+    assert [type(child) for child in folded[1]] == [nn.Dropout2d, *([act] if act is not nn.Identity else [])]
+    folded.train()
+    assert (folded(x) == 0).flatten(2).all(-1).any()  # whole channels are dropped
+
+
+class Square(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+
+def test_a_norm_that_is_no_scale_and_shift_is_refused() -> None:
+    with pytest.raises(AssertionError, match="Square is not affine"):
+        fold_batch_norms(pair(Square()), [("0", "1")])
 
 
 @pytest.mark.parametrize("name", ["detr", "conditional_detr, timm", "rt_detr", "d_fine", "deformable_detr"])

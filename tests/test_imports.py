@@ -12,11 +12,11 @@ import qdetr_cli
 PACKAGE = Path(qdetr_cli.__file__).parent
 LAYERS = (
     ("errors", "coco_names"),
-    ("recipe", "plugins", "boxes", "runs", "scenes", "processors"),
-    ("families", "data", "ranges", "samples", "manifest", "schedule", "signals", "matching", "fold"),
-    ("configs", "batchnorm", "fake_quant", "losses", "metrics", "trace"),
-    ("original", "quantizers"),
-    ("checkpoint", "layers", "plan", "attention"),
+    ("recipe", "plugins", "boxes", "runs", "scenes", "processors", "roles"),
+    ("families", "data", "ranges", "samples", "manifest", "signals", "matching", "fold", "backbones", "tied"),
+    ("configs", "batchnorm", "folders", "fake_quant", "losses", "metrics", "recording", "schedule"),
+    ("original", "quantizers", "trace"),
+    ("checkpoint", "layers", "plan", "attention", "support"),
     ("capture", "classes"),
     ("rewrite",),
     ("calibrate", "train", "evaluate", "models"),

@@ -67,7 +67,9 @@ def release(tmp_path_factory) -> Path:
 def test_what_a_release_file_does_not_say_is_noted(release):
     detector = load_float(release)
     assert detector.model.config.encoder_attention_heads == 8
-    assert detector.notes == ("the file does not say heads 8 and dilation False: assumed, as in DETR",)
+    assert detector.notes == (
+        "the file does not say heads 8 and dilation False: assumed, as in the published models",
+    )
     assert detector.family.name == "detr"
     assert detector.model.config.auxiliary_loss is False
 
@@ -174,10 +176,13 @@ def test_a_plain_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"decoder.dec_score_head.0.bias": torch.zeros(1)}}, "lacks class_embed.weight.*dec_score"),
+        (
+            {"model": {"decoder.dec_score_head.0.bias": torch.zeros(1)}},
+            "does not read; its keys: model.*dec_score",
+        ),
         ({"ema": {"module": {}}}, "its keys: ema"),
         ([torch.zeros(1)], "holds a list"),
-        ({"model": torch.zeros(1)}, "'model' is a Tensor"),
+        ({"model": torch.zeros(1)}, "its keys: model; its 1 tensors begin with model"),
     ],
     ids=["another detector", "training file of another", "list", "tensor"],
 )

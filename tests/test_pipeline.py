@@ -13,7 +13,7 @@ from qdetr_cli import checkpoint, pipeline, plugins
 from qdetr_cli.checkpoint import load_float
 from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
 from qdetr_cli.manifest import read_manifest
-from qdetr_cli.models import Source, known_classes, open_model, torch_device, trace_size
+from qdetr_cli.models import Source, known_classes, open_model, source_of, torch_device, trace_size
 from qdetr_cli.results import DataSource
 from qdetr_cli.rewrite import quantizers, set_enabled
 from qdetr_cli.runs import Journal
@@ -316,7 +316,7 @@ def test_a_recipe_with_a_plugin_of_the_users_own(world, tmp_path, monkeypatch):
 
 def test_options_of_a_pth_are_refused_for_a_checkpoint(world):
     with pytest.raises(CheckpointError, match="can only be set for an original"):
-        open_model(Source(world.quantized.model, heads=4), print)
+        open_model(source_of(world.quantized.model, heads=4), print)
 
 
 def test_a_run_folder_means_its_best_checkpoint(world, tmp_path):

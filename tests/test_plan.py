@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_detectors import CONFIGS, tiny_config
+from torch import nn
 
+from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.errors import RecipeError
 from qdetr_cli.plan import ModulePlan, Plan, make_plan, published_share
 from qdetr_cli.recipe import Recipe, load_recipe, recipe_from_dict
-from qdetr_cli.trace import AttentionFacts, GraphFacts, LayerFacts
+from qdetr_cli.trace import AttentionFacts, GraphFacts, LayerFacts, trace
 
 
 def layer(path: str, role: str, op: str = "linear", **other) -> LayerFacts:
@@ -376,3 +379,31 @@ def test_keep_float_forgets_what_earlier_rules_said() -> None:
     stated = module(made, "backbone.1").format("weight")
     assert stated is not None
     assert (stated.bits, stated.per, stated.init) == (8, "channel", "mse")
+
+
+# --- every layer of every family ---
+
+
+def weighted(model: nn.Module) -> set[frozenset[str]]:
+    """All Linear and Conv of a model, each as the set of its names; tied copies are one."""
+    names: dict[tuple[int, int], set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            names.setdefault((id(module.weight), id(module.bias)), set()).add(path)
+    return {frozenset(each) for each in names.values()}
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "timm" not in name], ids=str)
+def test_every_layer_of_a_family_has_a_format_or_a_reason(name: str) -> None:
+    detector = load_config_model(tiny_config(name), None)
+    model = detector.model
+    facts = trace(model, detector.family, (64, 96))
+    plan = make_plan(load_recipe("w4a4"), facts)
+    layers = [module for module in plan.modules if module.op in ("linear", "conv")]
+    assert {frozenset((module.path, *module.aliases)) for module in layers} == weighted(model)
+    assert len(layers) == len(weighted(model))
+    assert all(bool(module.reason) == module.is_float for module in layers)
+    own = {id(p): p.numel() for module in model.modules() for p in module.parameters(recurse=False)}
+    sums = plan.totals(parameters=sum(own.values()))
+    assert sums["float_bytes"] == 4 * sum(own.values())
+    assert sums["bytes"] < sums["float_bytes"]

@@ -17,12 +17,13 @@ from quantized_detectors import (
 from torch import nn
 from torch.nn import functional as F
 
-from qdetr_cli.attention import QuantAttention, QuantDeformable, describe
+from qdetr_cli.attention import QuantAttention, QuantDeformable
 from qdetr_cli.errors import RunError
 from qdetr_cli.families import family_of
 from qdetr_cli.layers import QuantLinear
 from qdetr_cli.plan import make_plan
 from qdetr_cli.recipe import recipe_from_dict
+from qdetr_cli.recording import describe
 from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
 from qdetr_cli.trace import trace
 

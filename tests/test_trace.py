@@ -72,14 +72,25 @@ def test_query_pos_head_is_called_in_every_decoder_layer() -> None:
     assert {layer.calls for layer in facts.layers if "query_pos_head" in layer.path} == {2}
 
 
-def test_tied_heads_that_are_never_called_are_told() -> None:
-    """D-FINE shows its heads twice; the outer ones only lend their weights."""
+def test_heads_that_are_shown_twice_are_one() -> None:
+    """D-FINE's outer heads are copies whose parameters are those of the decoder's; the last one is called."""
     _, facts = traced("d_fine")
-    outer = [layer for layer in facts.layers if layer.path.startswith("class_embed")]
-    assert outer
-    assert all(layer.calls == 0 for layer in outer)
-    assert all(layer.path in facts.uncalled for layer in outer)
-    assert next(layer for layer in facts.layers if layer.path == "class_embed.1").weight_bypassed
+    heads = {layer.path: layer for layer in facts.layers if "class_embed" in layer.path}
+    assert {path: layer.aliases for path, layer in heads.items()} == {
+        "model.decoder.class_embed.0": ("class_embed.0",),
+        "model.decoder.class_embed.1": ("class_embed.1",),
+    }
+    assert [layer.calls for layer in heads.values()] == [0, 1]
+    assert "model.decoder.class_embed.0" in facts.uncalled
+    assert not any(layer.weight_bypassed for layer in heads.values())
+
+
+def test_heads_that_all_decoder_layers_share_are_one() -> None:
+    """In single-stage Deformable-DETR each level has a module of its own, on the same parameters."""
+    _, facts = traced("deformable_detr")
+    (head,) = [layer for layer in facts.layers if "class_embed" in layer.path]
+    assert (head.path, head.aliases, head.calls) == ("class_embed.0", ("class_embed.1",), 2)
+    assert not head.weight_bypassed
 
 
 @pytest.mark.parametrize(

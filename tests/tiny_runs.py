@@ -2,23 +2,25 @@
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from tiny_detectors import tiny_config
+from tiny_detectors import CONFIGS, tiny_config
 from typer.testing import CliRunner
 
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.cli import app
+from qdetr_cli.families import family_of
 from qdetr_cli.report import Page
 from qdetr_cli.results import Listener
 
 DIGITS = tuple("0123456789")
 PADDED = {"size": {"shortest_edge": 64, "longest_edge": 96}}
 SQUASHED = {"size": {"height": 64, "width": 64}}
-SQUASHING = ("rt_detr", "d_fine")
+SQUASHING = tuple(name for name, config in CONFIGS.items() if family_of(config["model_type"]).squash)
 FAST = [
     "calibrate.images=4",
     "train.steps=2",
@@ -29,12 +31,19 @@ FAST = [
 SETS = [word for each in FAST for word in ("--set", each)]
 
 
-def write_model(folder: Path, name: str = "detr", classes: Sequence[str] = DIGITS) -> Path:
-    """A Hugging Face folder with a tiny detector of random weights."""
+def write_model(
+    folder: Path,
+    name: str = "detr",
+    classes: Sequence[str] = DIGITS,
+    *,
+    padded: dict[str, Any] = PADDED,
+    squashed: dict[str, Any] = SQUASHED,
+) -> Path:
+    """A Hugging Face folder with a tiny detector of random weights, and the processor of its kind."""
     torch.manual_seed(0)
     names = dict(enumerate(classes))
     config = tiny_config(name) | {"id2label": names, "label2id": {v: k for k, v in names.items()}}
-    detector = load_config_model(config, SQUASHED if name in SQUASHING else PADDED)
+    detector = load_config_model(config, squashed if name in SQUASHING else padded)
     detector.model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(detector.processor.to_config()))
     return folder
@@ -63,6 +72,36 @@ def write_coco(folder: Path, sizes: Sequence[tuple[int, int]] = ((80, 60), (60, 
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
     return folder
+
+
+def write_voc(folder: Path, classes: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Path:
+    """A VOC root: an image (width, height) of each of `sizes` for training and one for measuring.
+
+    Image n has n % 3 objects; every class has one in an annotation that no split names.
+    """
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    turn = cycle(classes)
+    for split in ("train", "val"):
+        names = [f"{split}{number}" for number in range(1, len(sizes) + 1)]
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for number, (name, size) in enumerate(zip(names, sizes, strict=True), start=1):
+            Image.new("RGB", size, (40 * number, 90, 20)).save(folder / "JPEGImages" / f"{name}.jpg")
+            boxes = [(5 + 20 * each, 6, 24 + 20 * each, 30 + number) for each in range(number % 3)]
+            _write_annotation(folder, name, size, [(next(turn), box) for box in boxes])
+    _write_annotation(folder, "unused", (9, 9), [(each, (1, 1, 5, 5)) for each in classes])
+    return folder
+
+
+def _write_annotation(folder: Path, name: str, size: tuple[int, int], objects: Sequence[Any]) -> None:
+    sides = "<size><width>{}</width><height>{}</height><depth>3</depth></size>".format(*size)
+    found = "".join(
+        f"<object><name>{each}</name><bndbox>"
+        + "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>".format(*box)
+        + "</bndbox></object>"
+        for each, box in objects
+    )
+    (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{sides}{found}</annotation>")
 
 
 def write_original(path: Path, classes: int = 10) -> Path:

@@ -137,12 +137,15 @@ class ImageSet(Dataset[Sample]):
         parts = xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
         labels = torch.from_numpy(record.labels)[chosen][kept]
         return Sample(
-            pixel_values=normalize(resize(pixels, self._size(height, width, scale)), self.processor),
+            pixel_values=self._prepared(pixels, self._size(height, width, scale)),
             labels={"class_labels": self._class_index[labels], "boxes": parts},
             image_id=record.image_id,
             size=(record.height, record.width),
             pad_to=self.processor.pad_to,
         )
+
+    def _prepared(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        return normalize(resize(pixels, size, self.processor), self.processor)
 
     def _size(self, height: int, width: int, scale: int | None) -> tuple[int, int]:
         """What an image of height x width is resized to: a scale replaces the square or the shortest side."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from qdetr_cli.errors import DataError
@@ -53,6 +54,12 @@ class Processor(Protocol):
     def rescale(self) -> bool: ...
     @property
     def pad_to(self) -> int | None: ...
+    @property
+    def bicubic(self) -> bool: ...
+    @property
+    def antialias(self) -> bool: ...
+    @property
+    def rounded(self) -> bool: ...
     def output_size(self, height: int, width: int) -> tuple[int, int]: ...
 
 
@@ -94,12 +101,18 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels
 
 
-def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels (..., H, W) at another size, bilinear with antialiasing, as transformers' processors do."""
+def resize(pixels: Tensor, size: tuple[int, int], processor: Processor) -> Tensor:
+    """Pixels (..., H, W) at another size, as transformers' processors resize them."""
     if tuple(pixels.shape[-2:]) == size:
         return pixels
     height, width = (max(side, 1) for side in size)  # a hair-thin image may be left without a pixel
-    resized: Tensor = transforms.resize(pixels, [height, width], antialias=True)
+    mode = InterpolationMode.BICUBIC if processor.bicubic else InterpolationMode.BILINEAR
+    resized: Tensor = transforms.resize(
+        pixels if processor.rounded else pixels.float(),
+        [height, width],
+        interpolation=mode,
+        antialias=processor.antialias,
+    )
     return resized
 
 
@@ -114,7 +127,7 @@ def normalize(pixels: Tensor, processor: Processor) -> Tensor:
 def prepare_image(image: Image.Image, processor: Processor) -> Tensor:
     """Network input float32 (3, H, W) of an RGB image: resized and normalized, not padded."""
     size = processor.output_size(image.height, image.width)
-    return normalize(resize(to_tensor(image), size), processor)
+    return normalize(resize(to_tensor(image), size, processor), processor)
 
 
 @contextmanager

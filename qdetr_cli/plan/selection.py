@@ -93,6 +93,8 @@ def candidates(facts: GraphFacts) -> tuple[Candidate, ...]:
 def _blocked(layer: LayerFacts) -> str:
     if layer.weight_bypassed:
         return "another module reads its weight without calling it"
+    if layer.only_in_training:
+        return "called in training alone: no prediction depends on it"
     return "" if layer.calls else "no forward pass calls it"
 
 

@@ -41,6 +41,7 @@ GRANULARITIES: dict[Slot, tuple[Granularity, ...]] = {
 ROLES: tuple[str, ...] = (
     "backbone.stem",
     "backbone",
+    "backbone.attention",
     "input_proj",
     "encoder",
     "encoder.attention",
