@@ -64,6 +64,7 @@ class Family:
     class_prior: float | None = 0.01  # probability that a new class head starts from; None: as transformers
     fixed_queries: bool = True  # learned queries; False: chosen from the image, so their order is no identity
     auxiliary_changes_predictions: bool = False  # the decoder feeds on normed states if config.auxiliary_loss
+    query_argument: str | None = None  # of the decoder, where it gets `query_position_embeddings` as they are
 
     @property
     def softmax(self) -> bool:
@@ -117,6 +118,7 @@ _BUILT_IN = (
         post_process="softmax",
         class_prior=None,
         auxiliary_changes_predictions=True,
+        query_argument="object_queries_position_embeddings",
     ),
     _row(
         "conditional_detr",
@@ -124,6 +126,7 @@ _BUILT_IN = (
         ("SelfAttention", "DecoderSelfAttention", "DecoderCrossAttention"),
         post_process="top_k",
         auxiliary_changes_predictions=True,
+        query_argument="object_queries_position_embeddings",
     ),
     _row(
         "table-transformer",
@@ -132,6 +135,7 @@ _BUILT_IN = (
         post_process="softmax",
         class_prior=None,
         auxiliary_changes_predictions=True,
+        query_argument="query_position_embeddings",
     ),
     _row(
         "deformable_detr",
