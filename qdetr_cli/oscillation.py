@@ -72,7 +72,7 @@ class _Track:
     """What is known of one weight's grid numbers; all tensors have the weight's shape."""
 
     def __init__(self, integers: Tensor) -> None:
-        self.last = integers.to(torch.int8)
+        self.last = integers.to(torch.int16)
         self.direction = torch.zeros_like(self.last)  # of the last change: -1, 1, or 0 for none yet
         self.flips = torch.zeros_like(integers, dtype=torch.float32)  # per step, a moving average
         self.mean = integers.float()
@@ -80,7 +80,7 @@ class _Track:
         self.number = torch.zeros_like(self.last)  # of a frozen weight
 
     def follow(self, integers: Tensor, momentum: float) -> None:
-        integers = integers.to(torch.int8)
+        integers = integers.to(torch.int16)
         change = (integers - self.last).sign()
         flipped = (change != 0) & (change == -self.direction)
         self.flips.lerp_(flipped.float(), momentum)
@@ -90,7 +90,7 @@ class _Track:
 
     def freeze(self, threshold: float) -> None:
         new = (self.flips > threshold) & ~self.frozen
-        self.number.copy_(torch.where(new, self.mean.round().to(torch.int8), self.number))
+        self.number.copy_(torch.where(new, self.mean.round().to(torch.int16), self.number))
         self.frozen |= new
 
 

@@ -94,7 +94,7 @@ class FakeQuantizer(nn.Module):
                 f"{self._name()} is not calibrated: run `qdetr quantize`, or load a checkpoint that it wrote"
             )
         if torch.compiler.is_exporting():
-            return self.grid().round(x, self.axis)
+            return self.grid_for(x).round(x, self.axis)
         return self.fake_quantize(x)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -108,6 +108,10 @@ class FakeQuantizer(nn.Module):
     def grid(self) -> Grid:
         """Return the grid in use: what `forward`, `integers` and `dequantize` all compute with."""
         return make_grid(self.live_step(), self.offset, self.format)
+
+    def grid_for(self, x: Tensor) -> Grid:
+        """Return the grid that x is exported with: the one in use, unless a subclass derives it from x."""
+        return self.grid()
 
     @torch.no_grad()
     def zero_point(self) -> Tensor:
@@ -238,19 +242,29 @@ class Statistics(LSQ):
         self._follow(x)
         return super().fake_quantize(x)
 
+    def live_step(self) -> Tensor:
+        """Return the step in use, (channels,): a copy, for a layer may run twice before gradients flow."""
+        return self.step.detach().clone()
+
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """Return the grid numbers of x, int32 in qmin..qmax, shaped as x."""
         self._follow(x)
         return super().integers(x)
 
+    def grid_for(self, x: Tensor) -> Grid:
+        """Return the grid of x, whatever x was seen last: `step` may be an average of several."""
+        return make_grid(self._steps(x), self.offset, self.format)
+
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        """Set the steps to those of x."""
+        self.step.copy_(self._steps(x))
+
+    def _steps(self, x: Tensor) -> Tensor:
+        """Return the steps of x, (channels,)."""
         rows = x.detach().float().abs()
         rows = rows.reshape(1, -1) if self.axis is None else rows.movedim(self.axis, 0).flatten(1)
-        step = 2 * rows.mean(1) / sqrt(self.format.qmax)
-        self.step.copy_(step.clamp_min(STEP_FLOOR))
+        return (2 * rows.mean(1) / sqrt(self.format.qmax)).clamp_min(STEP_FLOOR)
 
 
 def make_quantizer(

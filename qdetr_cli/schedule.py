@@ -26,20 +26,6 @@ def lr_scale(train: Train, step: int, total: int) -> float:
     return 1.0
 
 
-def parameter_groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
-    """AdamW groups: backbone and rest have rates of their own; steps, offsets, norms, biases do not decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = train.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((_rate(name, train), decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
-
-
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
     """Stop the gradient of parameters whose path matches a pattern; the patterns that matched nothing."""
     names = dict(model.named_parameters())
@@ -118,9 +104,3 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def _rate(name: str, train: Train) -> float:
-    if name.rsplit(".", 1)[-1] in ("step", "offset"):
-        return train.lr if train.quantizer_lr is None else train.quantizer_lr
-    return train.backbone_lr if ".backbone." in f".{name}" else train.lr

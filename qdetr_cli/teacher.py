@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qdetr_cli.data import Batch
-from qdetr_cli.families import Family
+from qdetr_cli.families import Family, family_of
 from qdetr_cli.features import recorded
 from qdetr_cli.losses import predictions_of
 from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
@@ -23,13 +23,13 @@ class Teacher:
 
     def __init__(self, model: nn.Module, student: nn.Module, family: Family, *, same_origin: bool) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.family = family
+        self.family, self.own_family = family, family_of(model)
         self.same_query = same_origin and family.fixed_queries
         self.projections = _projections(student, model)
 
     def lesson(self, student: Predictions, batch: Batch) -> Lesson:
         """The lesson of one batch: what both say, in the teacher's width, and who is whose partner."""
-        with torch.no_grad(), recorded(self.model, self.family) as features:
+        with torch.no_grad(), recorded(self.model, self.own_family) as features:
             outputs = self.model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
             mentor = predictions_of(outputs, features)
         pairs = same_query(student) if self.same_query else self._matched(student, mentor)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qdetr_cli import plugins
-from qdetr_cli.boxes import cxcywh_to_xyxy, giou
+from qdetr_cli.boxes import cxcywh_to_xyxy, giou, iou
 from qdetr_cli.errors import RecipeError
 from qdetr_cli.matching import (
     TAU,
@@ -71,9 +71,10 @@ def check_terms(terms: dict[str, Term], where: str) -> None:
     """Raise PluginError for an unknown term, RecipeError for an option that it does not have."""
     for name, term in terms.items():
         parameters = list(signature(plugins.get("loss", name)).parameters.values())[1:]
-        known = [each.name for each in parameters if each.kind is not Parameter.VAR_KEYWORD]
+        takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in parameters)
+        known = [each.name for each in parameters]
         unknown = sorted(set(term.options) - set(known))
-        if unknown:
+        if unknown and not takes_any:
             raise RecipeError(
                 f"{where}.{name}: has no option {', '.join(unknown)}; options: {', '.join(known) or 'none'}"
             )
@@ -188,7 +189,7 @@ def _overlap_targets(lesson: Lesson) -> tuple[Tensor, Tensor]:
         label = lesson.labels[image]
         mine = cxcywh_to_xyxy(student.boxes[image, queries].detach().float())
         theirs = cxcywh_to_xyxy(label["boxes"][objects].float())
-        target[image, queries, label["class_labels"][objects]] = giou(mine, theirs).clamp(min=0)
+        target[image, queries, label["class_labels"][objects]] = iou(mine, theirs)
         matched[image, queries] = True
     return target, matched
 

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from qdetr_cli.compiled import compiled_kernels
 from qdetr_cli.data import Batch, ImageSet, collate
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.families import Family
@@ -22,6 +23,7 @@ from qdetr_cli.metrics import Metrics
 from qdetr_cli.one_to_many import AuxiliaryQueries
 from qdetr_cli.oscillation import OscillationFreezer
 from qdetr_cli.plan import Plan
+from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Distill, Train
 from qdetr_cli.runs import Journal, atomic_folder
 from qdetr_cli.schedule import (
@@ -29,7 +31,6 @@ from qdetr_cli.schedule import (
     MovingAverage,
     freeze,
     lr_scale,
-    parameter_groups,
     random_state,
     restore_random_state,
 )
@@ -40,6 +41,7 @@ from qdetr_cli.terms import Lesson, weighted
 
 STATE = "state.pt"
 LOG_EVERY = 20  # steps between two lines of metrics.jsonl
+COMPILE_FROM = 300  # steps from which compiling, of 10 to 40 seconds, pays
 
 Save = Callable[[nn.Module, Path, Metrics | None], None]
 Evaluate = Callable[[nn.Module], Metrics]
@@ -115,7 +117,7 @@ class Trainer:
             self.queries = AuxiliaryQueries(model, family, train.one_to_many)
         self.extras = _extras(self.teacher, self.queries).to(self.device)
         self.oscillation = None if train.oscillation is None else OscillationFreezer(model, train.oscillation)
-        groups = [*parameter_groups(self.model, train), *parameter_groups(self.extras, train)]
+        groups = [*parameter_groups(self.model, family, train), *parameter_groups(self.extras, family, train)]
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups))
         alone = self.accelerator.num_processes == 1  # `prepare` would leave evaluations under autocast
         self.wrapped = self.model if alone else self.accelerator.prepare(self.model)
@@ -145,7 +147,7 @@ class Trainer:
         else:
             torch.manual_seed(self.train.seed + self.accelerator.process_index)  # dropout, denoising
         last: Metrics | None = None
-        with stop_signals() as stop:
+        with stop_signals() as stop, compiled_kernels(self._compiles()):
             if self.position.evaluated < self.position.step and self._evaluation_is_due():
                 last = self._evaluate()  # the run was stopped at the end of an epoch
             while self.position.step < self.total_steps:
@@ -164,6 +166,10 @@ class Trainer:
             steps=position.step,
             seconds=position.seconds,
         )
+
+    def _compiles(self) -> bool:
+        wanted = self.train.compile
+        return self.total_steps >= COMPILE_FROM if wanted == "auto" else wanted
 
     def _epoch(self, stop: list[int]) -> None:
         """Go on to the end of the current epoch, of the training, or until asked to stop."""
@@ -316,6 +322,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "extras": self.extras.state_dict(),
             "oscillation": None if self.oscillation is None else self.oscillation.state_dict(),
+            "groups": self._grouped(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "random": random_state(self.device),
@@ -340,12 +347,29 @@ class Trainer:
         self.extras.load_state_dict(state["extras"])
         if self.oscillation is not None:
             self.oscillation.load_state_dict(state["oscillation"])
+        self._regroup(state["groups"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         restore_random_state(state["random"], self.device)
         self.position = Position(**state["position"])
         self.journal.rewind(self.position.step)
+
+    def _grouped(self) -> list[list[str]]:
+        """The names of the optimiser's groups."""
+        names = {parameter: name for name, parameter in self._named_parameters().items()}
+        return [[names[each] for each in group["params"]] for group in self.optimizer.param_groups]
+
+    def _regroup(self, groups: list[list[str]]) -> None:
+        """Form the optimiser's groups as they were: rates depend on the steps that a training began with."""
+        named, settings = self._named_parameters(), self.optimizer.param_groups[0]
+        self.optimizer.param_groups = [
+            {**settings, "params": [named[name] for name in names]} for names in groups
+        ]
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        beside = {f"extras.{name}": parameter for name, parameter in self.extras.named_parameters()}
+        return {**dict(self.model.named_parameters()), **beside}
 
     def _sampler(self, *, epoch: int, skip: int) -> EpochSampler:
         return EpochSampler(

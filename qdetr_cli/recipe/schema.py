@@ -202,6 +202,8 @@ class OneToMany(Section):
 class Train(Section):
     """Fine-tuning. `batch_size` is per process; `steps`, where given, ends training in place of `epochs`.
 
+    `quantizer_lr` is relative: by what part of itself a step changes in one update of AdamW, at most.
+    `compile` fuses fake quantization with torch.compile; `auto`: in trainings that are long enough to pay.
     `terms` are losses that need no teacher; `stages` quantize parts of the model later than others.
     """
 
@@ -211,7 +213,7 @@ class Train(Section):
     accumulate: Count = 1
     lr: Positive = 1e-4
     backbone_lr: NotNegative = 1e-5
-    quantizer_lr: NotNegative | None = None
+    quantizer_lr: NotNegative = 1e-3
     weight_decay: NotNegative = 1e-4
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_steps: Whole = 0
@@ -219,6 +221,7 @@ class Train(Section):
     clip: NotNegative = 0.1
     ema: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = 0.9998
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    compile: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     batch_norm: Literal["frozen", "train"] = "frozen"
     freeze: Strings = ()
     workers: Whole = 2
