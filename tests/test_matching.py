@@ -93,7 +93,7 @@ def test_images_do_not_share_their_objects():
 
 
 def test_objects_that_no_query_reaches_keep_nobody():
-    """All GIoUs are negative: tau times the best would otherwise keep even the worst."""
+    """All GIoUs are negative."""
     boxes = torch.tensor([[[0.1, 0.1, 0.1, 0.1], [0.2, 0.1, 0.1, 0.1], [0.1, 0.3, 0.1, 0.1]]])
     objects = torch.tensor([[0.9, 0.9, 0.1, 0.1]])
     assert max(overlap(objects[0], box) for box in boxes[0]) < 0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qdetr_cli.recipe import Train
-from qdetr_cli.schedule import EpochSampler, MovingAverage, freeze, lr_scale, parameter_groups
+from qdetr_cli.schedule import EpochSampler, MovingAverage, freeze, lr_scale
 
 
 class Net(nn.Module):
@@ -32,40 +32,6 @@ class Net(nn.Module):
 )
 def test_lr_scale(train, step, expected):
     assert lr_scale(train, step, 100) == pytest.approx(expected)
-
-
-def test_parameter_groups_give_backbone_its_rate_and_spare_vectors_the_decay():
-    train = Train(lr=1e-3, backbone_lr=1e-4, quantizer_lr=1e-5, weight_decay=0.1)
-    net = Net()
-    groups = parameter_groups(net, train)
-    found = {
-        id(parameter): (group["lr"], group["weight_decay"])
-        for group in groups
-        for parameter in group["params"]
-    }
-    assert found[id(net.backbone.weight)] == (1e-4, 0.1)
-    assert found[id(net.backbone.bias)] == (1e-4, 0.0)
-    assert found[id(net.head.weight)] == (1e-3, 0.1)
-    assert found[id(net.step)] == (1e-5, 0.0)
-    assert len(found) == len(list(net.parameters()))
-
-
-def test_a_backbone_step_has_the_quantizer_rate_too():
-    net = nn.ModuleDict({"backbone": Net()})
-    train = Train(lr=1e-3, backbone_lr=1e-4, quantizer_lr=1e-5)
-    (rate,) = {
-        group["lr"]
-        for group in parameter_groups(net, train)
-        if any(parameter is net["backbone"].step for parameter in group["params"])
-    }
-    assert rate == 1e-5
-
-
-def test_without_a_quantizer_rate_steps_have_the_general_one():
-    net = nn.ModuleDict({"backbone": Net()})
-    groups = parameter_groups(net, Train(lr=1e-3, backbone_lr=1e-4))
-    (rate,) = {g["lr"] for g in groups if any(p is net["backbone"].step for p in g["params"])}
-    assert rate == 1e-3
 
 
 def test_freeze_stops_gradients_and_names_what_matched_nothing():
