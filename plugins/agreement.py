@@ -8,12 +8,14 @@ from torch import Tensor
 
 from qdetr_cli.matching import Predictions
 from qdetr_cli.plugins import register
+from qdetr_cli.terms import Lesson
 
 
 @register("loss", "agreement")
-def agreement(student: Predictions, teacher: Predictions, softmax: bool) -> Tensor:
+def agreement(lesson: Lesson) -> Tensor:
     """Return the mean squared difference of the best class score of paired queries, a scalar."""
-    return (_best(student, softmax) - _best(teacher, softmax)).square().mean()
+    mine, theirs = _best(lesson.student, lesson.softmax), _best(lesson.partner, lesson.softmax)
+    return (mine - theirs).square().mean()
 
 
 def _best(predictions: Predictions, softmax: bool) -> Tensor:

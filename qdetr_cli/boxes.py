@@ -1,4 +1,4 @@
-"""Boxes as tensors: conversions and GIoU.
+"""Boxes as tensors: conversions, IoU and GIoU.
 
 Two forms: centers (cx, cy, width, height) and corners (left, top, right, bottom). Coordinates are continuous:
 a box that covers whole pixels 0 to 9 has corners 0 and 10. The unit is the caller's: pixels, or image parts.
@@ -28,10 +28,21 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     leaves free (Rezatofighi et al. 2019, algorithm 1).
     """
     a, b = _precise(a), _precise(b)
-    shared = _span(a[..., :2].maximum(b[..., :2]), a[..., 2:].minimum(b[..., 2:]))
-    union = _span(a[..., :2], a[..., 2:]) + _span(b[..., :2], b[..., 2:]) - shared
+    shared, union = _areas(a, b)
     hull = _span(a[..., :2].minimum(b[..., :2]), a[..., 2:].maximum(b[..., 2:]))
     return shared / union.clamp(min=_TINY) - (hull - union) / hull.clamp(min=_TINY)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU (...) in 0..1 of corners that broadcast, a and b (..., 4)."""
+    shared, union = _areas(_precise(a), _precise(b))
+    return shared / union.clamp(min=_TINY)
+
+
+def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas (...) that the corners a and b share, and that they cover together."""
+    shared = _span(a[..., :2].maximum(b[..., :2]), a[..., 2:].minimum(b[..., 2:]))
+    return shared, _span(a[..., :2], a[..., 2:]) + _span(b[..., :2], b[..., 2:]) - shared
 
 
 def _precise(boxes: Tensor) -> Tensor:

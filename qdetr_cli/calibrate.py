@@ -1,13 +1,15 @@
 """Calibration: every quantizer gets its step and offset from the values that it meets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from qdetr_cli.alignment import DistributionAlignment
 from qdetr_cli.data import ImageSet, same_size_batches
 from qdetr_cli.errors import DataError
 from qdetr_cli.layers import QUANTIZED
+from qdetr_cli.quantizers import FakeQuantizer
 from qdetr_cli.recipe import Calibrate
 from qdetr_cli.rewrite import quantizers
 
@@ -25,7 +27,8 @@ def calibrate(
 
     Weights are measured on themselves; then activations, unrounded but behind quantized weights, as they will
     be, on `spec.images` images drawn with `spec.seed`. Batches hold images of one processed size, so that no
-    padding enters a range. `advance` is told of images done.
+    padding enters a range. Alignments are fitted before, in a pass of their own, since the ranges lie behind
+    them. `advance` is told of images done, `passes(model)` times each.
     """
     if len(images) == 0:
         raise DataError("calibrate: the split holds no image")
@@ -33,14 +36,48 @@ def calibrate(
         if isinstance(module, QUANTIZED):
             module.calibrate_weight()
     inputs = {path: each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")}
-    for quantizer in inputs.values():
-        quantizer.start_observing()
+    silent: list[str] = []
+    for watching in (_alignments(model), inputs):
+        for module in watching.values():
+            module.start_observing()
+        if watching:
+            switched = [each for each in inputs.values() if each.enabled and watching is not inputs]
+            _run(model, images, spec, device, advance, off=switched)
+        silent += [path for path, module in watching.items() if not module.finish_observing()]
+    return tuple(silent)
+
+
+def passes(model: nn.Module) -> int:
+    """How many times `calibrate` shows each image to the model."""
+    return 2 if _alignments(model) else 1
+
+
+def _alignments(model: nn.Module) -> dict[str, DistributionAlignment]:
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, DistributionAlignment)
+    }
+
+
+def _run(
+    model: nn.Module,
+    images: ImageSet,
+    spec: Calibrate,
+    device: torch.device,
+    advance: Callable[[int], None],
+    off: Iterable[FakeQuantizer],
+) -> None:
+    """One pass over the chosen images, with the quantizers of `off` switched off."""
     model.eval()
-    for batch in same_size_batches(images, _chosen(len(images), spec), spec.batch_size):
-        batch = batch.to(device)
-        model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
-        advance(len(batch.image_ids))
-    return tuple(path for path, quantizer in inputs.items() if not quantizer.finish_observing())
+    for quantizer in off:
+        quantizer.enabled = False
+    try:
+        for batch in same_size_batches(images, _chosen(len(images), spec), spec.batch_size):
+            batch = batch.to(device)
+            model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+            advance(len(batch.image_ids))
+    finally:
+        for quantizer in off:
+            quantizer.enabled = True
 
 
 def _chosen(count: int, spec: Calibrate) -> list[int]:

@@ -165,10 +165,13 @@ def _like(made: fx.Node, node: fx.Node) -> fx.Node:
     return made
 
 
-def with_quantizers(graph: fx.Graph, slots: Iterable[str], heads: int) -> fx.Graph:
+def with_quantizers(
+    graph: fx.Graph, slots: Iterable[str], heads: int, aligned: Collection[str] = ()
+) -> fx.Graph:
     """A copy of a captured graph that calls `<slot>_quantizer` for each of the slots q, k, probs, v.
 
-    Quantizers see (B, N, .., ..), heads on axis 1, and never a mask: it is added between product and softmax.
+    For the slots in `aligned` it calls `<slot>_alignment` first. Both see (B, N, .., ..), heads on axis 1,
+    and never a mask: it is added between product and softmax.
     """
     graph = copy.deepcopy(graph)
     (softmax,) = [node for node in graph.nodes if node.target is SOFTMAX]
@@ -179,25 +182,29 @@ def with_quantizers(graph: fx.Graph, slots: Iterable[str], heads: int) -> fx.Gra
     for slot in slots:
         if slot == "probs":
             uses = list(softmax.users)
-            quantized = _quantizer(graph, softmax, slot, heads)
+            quantized = _through(graph, softmax, [f"{slot}_quantizer"], heads)
             for user in uses:
                 user.replace_input_with(softmax, quantized)
         else:
             product, index = operands[slot]
-            product.update_arg(index, _quantizer(graph, _node(product.args[index]), slot, heads))
+            children = [f"{slot}_alignment"] * (slot in aligned) + [f"{slot}_quantizer"]
+            product.update_arg(index, _through(graph, _node(product.args[index]), children, heads))
     return graph
 
 
-def _quantizer(graph: fx.Graph, node: fx.Node, slot: str, heads: int) -> fx.Node:
-    """The quantized value of `node`: (B, N, .., ..), or (B * N, .., ..) that is unfolded and folded again."""
+def _through(graph: fx.Graph, node: fx.Node, children: Iterable[str], heads: int) -> fx.Node:
+    """The value of `node` after these children, which see (B, N, .., ..): (B * N, .., ..) is unfolded."""
     unfolded = next(each for each in _first_inputs(node) if _rank(each) == 4)  # itself, or upstream
     assert unfolded.meta["val"].shape[1] == heads, f"{node}: heads are not on axis 1, not even upstream"
     with graph.inserting_before(node.next):
-        if unfolded is node:
-            return graph.call_module(f"{slot}_quantizer", (node,))
-        unfolded = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
-        quantized = graph.call_module(f"{slot}_quantizer", (unfolded,))
-        return graph.call_function(aten.flatten.using_ints, (quantized, 0, 1))
+        value = node
+        if unfolded is not node:
+            value = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
+        for child in children:
+            value = graph.call_module(child, (value,))
+        if unfolded is not node:
+            value = graph.call_function(aten.flatten.using_ints, (value, 0, 1))
+        return value
 
 
 def _nearest_product(start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> fx.Node:

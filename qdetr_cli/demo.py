@@ -26,6 +26,7 @@ SETTINGS = (
     "train.batch_size=32",
     "train.lr=3.0e-4",
     "train.backbone_lr=3.0e-4",
+    "train.quantizer_lr=3.0e-3",
     "train.warmup_steps=25",
     "train.ema=0.99",
     "train.eval_every=1000",

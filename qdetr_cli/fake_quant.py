@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qdetr_cli import compiled
 from qdetr_cli.ranges import STEP_FLOOR, has_free_offset
 from qdetr_cli.recipe import QuantFormat
 
@@ -87,8 +88,55 @@ def fake_quantize(
     The gradients of step and offset are multiplied by `scale`. Below its floor the step can only grow, and
     beyond the grid the zero point can only come back.
     """
-    y: Tensor = _FakeQuantize.apply(x, step, offset, format, axis, scale)
+    function = _Compiled if compiled.takes(x) and not has_free_offset(format) else _FakeQuantize
+    y: Tensor = function.apply(x, step, offset, format, axis, scale)
     return y
+
+
+class _Compiled(torch.autograd.Function):
+    """The same in two kernels; only x is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, *rest: Any) -> Tensor:
+        format, ctx.axis, ctx.scale = rest
+        ctx.layout, ctx.ends = _layout(x, ctx.axis), (format.qmin, format.qmax)
+        ctx.save_for_backward(x, step, offset)
+        flat, live, zero = _flattened(x, step, offset, ctx)
+        return _like(compiled.round_to_grid(flat, live, zero, *ctx.ends), x, ctx.layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, step, offset = ctx.saved_tensors
+        flat, live, zero = _flattened(x, step, offset, ctx)
+        incoming = _flattened(g, step, offset, ctx)[0]
+        g_in, d_step, d_offset = compiled.gradients(incoming, flat, live, zero, *ctx.ends)
+        by_offset = None if offset is None else d_offset.mul_(ctx.scale)
+        return _like(g_in, x, ctx.layout), d_step.mul_(ctx.scale), by_offset, None, None, None
+
+
+def _flattened(
+    x: Tensor, step: Tensor, offset: Tensor | None, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return x as (n,), or as (outer, channels, inner) with step and offset (channels, 1)."""
+    x = _ordered(x.contiguous(memory_format=ctx.layout), ctx.layout)
+    if ctx.axis is None:
+        return x.view(-1), step, offset
+    outer, inner = _around(x, ctx.axis)
+    columns = None if offset is None else offset[:, None]
+    return x.view(outer, step.numel(), inner), step[:, None], columns
+
+
+def _ordered(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return x with its dimensions in the order of its memory."""
+    return x.permute(0, 2, 3, 1) if layout == torch.channels_last else x
+
+
+def _like(y: Tensor, x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return y, flattened in the order of memory, in the shape of x."""
+    if layout == torch.channels_last:
+        return y.view(_ordered(x, layout).shape).permute(0, 3, 1, 2)
+    return y.view(x.shape)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -176,8 +224,7 @@ class _Blocks:
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """Return the blocks of x, as views."""
-        ordered = x.permute(0, 2, 3, 1) if self.layout == torch.channels_last else x
-        return self._split(ordered.view(self.shape))
+        return self._split(_ordered(x, self.layout).view(self.shape))
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         return (x,) if x.shape[0] <= self.size else torch.split(x, self.size)

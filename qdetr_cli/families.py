@@ -68,6 +68,7 @@ class Family:
     divisible: Callable[[Any], int] = lambda config: 1  # of a config: both sides of its images are multiples
     square: Callable[[Any], int | None] = lambda config: None  # of a config: side of the images it expects
     finest_stride: Callable[[Any], int] = lambda config: 32  # of a config: pixels between cells of queries
+    query_argument: str | None = None  # of the decoder, where it gets `query_position_embeddings` as they are
 
     @property
     def kind(self) -> Any:
@@ -132,6 +133,7 @@ _BUILT_IN = (
         post_process="softmax",
         class_prior=None,
         auxiliary_changes_predictions=True,
+        query_argument="object_queries_position_embeddings",
     ),
     _row(
         "conditional_detr",
@@ -139,6 +141,7 @@ _BUILT_IN = (
         ("SelfAttention", "DecoderSelfAttention", "DecoderCrossAttention"),
         post_process="top_k",
         auxiliary_changes_predictions=True,
+        query_argument="object_queries_position_embeddings",
     ),
     _row(
         "table-transformer",
@@ -147,6 +150,7 @@ _BUILT_IN = (
         post_process="softmax",
         class_prior=None,
         auxiliary_changes_predictions=True,
+        query_argument="query_position_embeddings",
     ),
     _row(
         "deformable_detr",

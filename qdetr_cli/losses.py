@@ -1,32 +1,22 @@
-"""What is minimised: the family's own detection loss with Hungarian matching, and distillation terms.
-
-Every loss comes as a dict of scalars; weights are a dict with the same keys, and one sum makes the total.
-"""
+"""The family's own detection loss: Hungarian matching, auxiliary decoder layers, denoising queries."""
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
-from qdetr_cli import plugins
-from qdetr_cli.boxes import cxcywh_to_xyxy, giou
 from qdetr_cli.data import Batch
 from qdetr_cli.errors import DivergedError, RunError
 from qdetr_cli.families import Family
-from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
+from qdetr_cli.features import Features, recorded
+from qdetr_cli.matching import Predictions
 
 LAYER_SUFFIX = re.compile(r"_(aux_|dn_)?\d+$")
-L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's box loss coefficients
-BACKGROUND_WEIGHT = 0.1  # DETR's eos_coefficient: how much an empty query counts
-
-DistillTerm = Callable[[Predictions, Predictions, bool], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +39,14 @@ def detection_loss(model: nn.Module, family: Family, batch: Batch, *, auxiliary:
     """
     check_trainable(family)
     inner = cast(nn.Module, getattr(model, "module", model))
-    with _loss_in_forward(inner, family, auxiliary and family.layer_losses):
+    wanted = auxiliary and family.layer_losses
+    with _loss_in_forward(inner, family, wanted), recorded(inner, family) as features:
         outputs = model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
     terms: dict[str, Tensor] = {}
     for name, value in outputs.loss_dict.items():
         key = LAYER_SUFFIX.sub("", name)
         terms[key] = terms.get(key, torch.zeros_like(value.detach())) + value.detach()
-    found = _first_group(predictions_of(outputs), _query_groups(inner, family))
+    found = predictions_of(outputs, features, groups=_query_groups(inner, family))
     return DetectionLoss(total=outputs.loss, terms=terms, predictions=found)
 
 
@@ -73,94 +64,30 @@ def _query_groups(model: Any, family: Family) -> int:
     return int(model.config.group_detr) if family.query_groups and model.training else 1
 
 
-def _first_group(predictions: Predictions, groups: int) -> Predictions:
-    """Those of the group that eval mode has."""
-    queries = predictions.logits.shape[1] // groups
-    return Predictions(logits=predictions.logits[:, :queries], boxes=predictions.boxes[:, :queries])
+def predictions_of(outputs: Any, features: Features | None = None, *, groups: int = 1) -> Predictions:
+    """Predictions and features of the queries that eval mode has.
 
-
-def predictions_of(outputs: Any) -> Predictions:
-    """The real queries' predictions: denoising queries, which come first, are left out."""
-    denoising = getattr(outputs, "denoising_meta_values", None)
-    logits, boxes = _real_queries(outputs.logits, outputs.pred_boxes, denoising)
-    return Predictions(logits=logits, boxes=boxes)
-
-
-def _real_queries(logits: Tensor, boxes: Tensor, denoising: Any) -> tuple[Tensor, Tensor]:
-    """Logits and boxes without the denoising queries that transformers' `denoising_meta_values` counts."""
-    if denoising is None or logits.shape[1] != sum(denoising["dn_num_split"]):
-        return logits, boxes
-    first = denoising["dn_num_split"][0]
-    return logits[:, first:], boxes[:, first:]
-
-
-def distillation_loss(
-    terms: Mapping[str, float],
-    family: Family,
-    student: Predictions,
-    teacher: Predictions,
-    *,
-    same_origin: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of distillation terms, and each term unweighted. The teacher carries no gradient.
-
-    `same_origin` says that the student began as the teacher: then learned queries correspond one to one.
+    Denoising queries, which come first, are left out; of several groups of queries the first is taken.
     """
-    if same_origin and family.fixed_queries:
-        pairs = same_query(student)
-    else:
-        pairs = hungarian_pairs(student, teacher, softmax=family.softmax)
-    partner = teacher.take(pairs)
-    values = {
-        name: cast(DistillTerm, plugins.get("loss", name))(student, partner, family.softmax) for name in terms
-    }
-    total = torch.stack([weight * values[name] for name, weight in terms.items()]).sum()
-    return total, {f"distill_{name}": value.detach() for name, value in values.items()}
+    real = _real_queries(outputs.logits.shape[1], getattr(outputs, "denoising_meta_values", None), groups)
+    return Predictions(
+        logits=outputs.logits[:, real],
+        boxes=outputs.pred_boxes[:, real],
+        co_attended=() if features is None else tuple(each[:, real] for each in features.co_attended),
+        memory=None if features is None else features.memory,
+    )
 
 
-@plugins.register("loss", "logits")
-def logits_term(student: Predictions, teacher: Predictions, softmax: bool) -> Tensor:
-    """Distance of class distributions, a scalar; a query counts as much as the teacher sees an object there.
-
-    Softmax families: KL(teacher || student). Sigmoid families: quality focal loss (Li et al., 2020, eq. 1)
-    with the teacher's probability as the target.
-    """
-    weight = BACKGROUND_WEIGHT + _foreground(teacher, softmax)  # (B, Q)
-    mine, theirs = student.logits.float(), teacher.logits.float()
-    if softmax:
-        distance = functional.kl_div(
-            mine.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-    else:
-        target = theirs.sigmoid()
-        entropy = functional.binary_cross_entropy_with_logits(mine, target, reduction="none")
-        distance = (entropy * (mine.sigmoid() - target).square()).sum(-1)
-    mean: Tensor = (weight * distance).sum() / weight.sum()
-    return mean
-
-
-@plugins.register("loss", "boxes")
-def boxes_term(student: Predictions, teacher: Predictions, softmax: bool) -> Tensor:
-    """DETR's box loss (5 L1 + 2 GIoU) against the teacher's boxes, weighted by its confidence; a scalar."""
-    weight = _foreground(teacher, softmax)  # (B, Q)
-    l1 = (student.boxes.float() - teacher.boxes.float()).abs().sum(-1)
-    overlap = giou(cxcywh_to_xyxy(student.boxes), cxcywh_to_xyxy(teacher.boxes))
-    total: Tensor = (weight * (L1_WEIGHT * l1 + GIOU_WEIGHT * (1 - overlap))).sum()
-    return total / weight.sum().clamp(min=1e-6)
-
-
-def _foreground(predictions: Predictions, softmax: bool) -> Tensor:
-    """How sure each query is of any object, 0..1, (B, Q), without gradient."""
-    logits = predictions.logits.detach().float()
-    scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
-    return scores.amax(-1)
+def _real_queries(queries: int, denoising: Any, groups: int = 1) -> slice:
+    """Which queries eval mode has too; transformers' `denoising_meta_values` counts the denoising ones."""
+    if denoising is None or queries != sum(denoising["dn_num_split"]):
+        return slice(0, queries // groups)
+    return slice(denoising["dn_num_split"][0], queries)
 
 
 @contextmanager
 def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Iterator[None]:
     """For the duration of the block, the loss in `model`'s forward has (or has not) auxiliary terms."""
-    layers: list[Tensor] = []
-    decoder: list[Any] = []
     own = cast(Any, model).loss_function
     config = cast(Any, model).config
     flag = config.auxiliary_loss
@@ -175,10 +102,11 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
     def loss(
         logits: Tensor, labels: Any, device: Any, boxes: Tensor, _: Any, *stacks: Any, **rest: Any
     ) -> Any:
-        if read_layers:
-            stacks = auxiliary_predictions(model, layers, decoder[-1])
+        if heads is not None:
+            stacks = heads()
         if not auxiliary:  # denoising queries have auxiliary losses alone; DEIMv2 would match them as well
-            logits, boxes = _real_queries(logits, boxes, rest.pop("denoising_meta_values", None))
+            real = _real_queries(logits.shape[1], rest.pop("denoising_meta_values", None))
+            logits, boxes = logits[:, real], boxes[:, real]
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             raise DivergedError("the predictions are not finite")  # the matcher would not say so
         with torch.autocast(device_type=torch.device(device).type, enabled=False):
@@ -186,15 +114,14 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
             rest = {name: _as_float(value) for name, value in rest.items()}
             return own(logits.float(), labels, device, boxes.float(), wanted, *floats, **rest)
 
-    handles = _record_layers(model, layers, decoder) if read_layers else []
-    cast(Any, model).loss_function = loss
-    try:
-        yield
-    finally:
-        config.auxiliary_loss = flag
-        cast(Any, model).loss_function = own
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as watching:
+        heads = watching.enter_context(decoder_layers(model)) if read_layers else None
+        cast(Any, model).loss_function = loss
+        try:
+            yield
+        finally:
+            config.auxiliary_loss = flag
+            cast(Any, model).loss_function = own
 
 
 def auxiliary_predictions(model: Any, layers: list[Tensor], decoder: Any) -> tuple[Tensor, Tensor]:
@@ -211,7 +138,12 @@ def auxiliary_predictions(model: Any, layers: list[Tensor], decoder: Any) -> tup
     return logits, boxes.sigmoid()
 
 
-def _record_layers(model: Any, layers: list[Tensor], decoder: list[Any]) -> list[RemovableHandle]:
+@contextmanager
+def decoder_layers(model: Any) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """For the duration of the block, a function that gives the last pass's `auxiliary_predictions`."""
+    layers: list[Tensor] = []
+    decoder: list[Any] = []
+
     def keep_layer(module: nn.Module, inputs: Any, output: Any) -> None:
         layers.append(output[0] if isinstance(output, tuple) else output)
 
@@ -219,7 +151,12 @@ def _record_layers(model: Any, layers: list[Tensor], decoder: list[Any]) -> list
         decoder.append(output)
 
     handles = [layer.register_forward_hook(keep_layer) for layer in model.model.decoder.layers]
-    return [*handles, model.model.decoder.register_forward_hook(keep_decoder)]
+    handles.append(model.model.decoder.register_forward_hook(keep_decoder))
+    try:
+        yield lambda: auxiliary_predictions(model, layers, decoder[-1])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _as_float(value: Any) -> Any:

@@ -1,26 +1,47 @@
-"""Which teacher query is the partner of which student query."""
+"""Which query is the partner of which: student and teacher, or query and object.
 
-from dataclasses import dataclass
+Shape letters: B images, Q queries of the student, K of the teacher, C classes, T objects, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-CLASS_COST, L1_COST = 2.0, 5.0  # DETR's matching weights, on probabilities and on cxcywh in 0..1
+from qdetr_cli.boxes import cxcywh_to_xyxy, giou
+
+CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0  # DETR's matching weights; boxes are cxcywh in 0..1
+TAU = 0.6  # Q-DETR's threshold on a query's GIoU, as a part of the best query's
+Labels = Sequence[dict[str, Tensor]]  # for each image `class_labels` (T,) and `boxes` (T, 4) cxcywh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictions:
-    """What a detector says of a batch: logits (B, Q, C) and boxes (B, Q, 4), cxcywh in 0..1."""
+    """What a detector says of a batch: logits (B, Q, C) and boxes (B, Q, 4), cxcywh in 0..1.
+
+    Where they were recorded (see `features`): the co-attended features of each decoder layer, (B, Q, D), and
+    the memory that the decoder reads, (B, L, D).
+    """
 
     logits: Tensor
     boxes: Tensor
+    co_attended: tuple[Tensor, ...] = ()
+    memory: Tensor | None = None
 
     def take(self, pairs: Tensor) -> "Predictions":
         """The predictions reordered so that row q holds query `pairs[b, q]`; pairs is int64 (B, Q)."""
-        boxes = self.boxes.gather(1, pairs[..., None].expand(-1, -1, 4))
-        logits = self.logits.gather(1, pairs[..., None].expand(-1, -1, self.logits.shape[-1]))
-        return Predictions(logits=logits, boxes=boxes)
+        return replace(
+            self,
+            logits=_rows(self.logits, pairs),
+            boxes=_rows(self.boxes, pairs),
+            co_attended=tuple(_rows(each, pairs) for each in self.co_attended),
+        )
+
+
+def _rows(x: Tensor, pairs: Tensor) -> Tensor:
+    return x.gather(1, pairs[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def same_query(student: Predictions) -> Tensor:
@@ -36,9 +57,62 @@ def hungarian_pairs(student: Predictions, teacher: Predictions, *, softmax: bool
     The teacher has as many queries or more. Needed where queries are a top-k selection (RT-DETR, D-FINE),
     since a little noise reorders them, and where student and teacher have different origins.
     """
-    kind = torch.softmax if softmax else lambda logits, dim: logits.sigmoid()
-    mine, theirs = kind(student.logits.float(), dim=-1), kind(teacher.logits.float(), dim=-1)
-    cost = CLASS_COST * torch.cdist(mine, theirs, p=1)  # (B, Q, Q)
+    mine, theirs = _scores(student.logits, softmax), _scores(teacher.logits, softmax)
+    cost = CLASS_COST * torch.cdist(mine, theirs, p=1)  # (B, Q, K)
     cost = cost + L1_COST * torch.cdist(student.boxes.float(), teacher.boxes.float(), p=1)
     columns = [torch.as_tensor(linear_sum_assignment(each)[1]) for each in cost.cpu().numpy()]
     return torch.stack(columns).to(student.logits.device)  # (B, Q)
+
+
+@torch.no_grad()
+def foreground_queries(boxes: Tensor, labels: Labels, *, tau: float = TAU) -> Tensor:
+    """Which student queries are imitated, bool (B, Q): steps 1 and 2 of foreground-aware query matching.
+
+    `boxes` (B, Q, 4) cxcywh. A query is kept where its GIoU with some object exceeds `tau` times the best
+    GIoU that any query of the image has with that object (at least 0). An image without objects keeps none.
+    """
+    objects, real = _padded(labels, boxes)  # (B, T, 4), (B, T)
+    overlap = giou(cxcywh_to_xyxy(objects)[:, :, None], cxcywh_to_xyxy(boxes.float())[:, None])  # (B, T, Q)
+    best = overlap.amax(2, keepdim=True).clamp(min=0)
+    return ((overlap > tau * best) & real[..., None]).any(1)
+
+
+@torch.no_grad()
+def nearest_boxes(student: Tensor, teacher: Tensor, *, overlap: float = 2.0, distance: float = 5.0) -> Tensor:
+    """Pairs (B, Q): the teacher query whose box is nearest to each student's, step 3 of the matching.
+
+    argmax over k of overlap * GIoU - distance * L1 (mu1 and mu2 of Q-DETR); boxes (B, Q, 4) and (B, K, 4),
+    cxcywh. Several students may have one partner.
+    """
+    mine, theirs = student.float(), teacher.float()
+    score = overlap * giou(cxcywh_to_xyxy(mine)[:, :, None], cxcywh_to_xyxy(theirs)[:, None])  # (B, Q, K)
+    return (score - distance * torch.cdist(mine, theirs, p=1)).argmax(2)
+
+
+@torch.no_grad()
+def object_queries(predictions: Predictions, labels: Labels, *, softmax: bool) -> list[tuple[Tensor, Tensor]]:
+    """For each image the queries and the objects of DETR's one-to-one assignment, int64 (min(Q, T),) each."""
+    scores = _scores(predictions.logits, softmax)
+    found = []
+    for score, boxes, label in zip(scores, predictions.boxes.float(), labels, strict=True):
+        objects = label["boxes"].float()
+        cost = -CLASS_COST * score[:, label["class_labels"]] + L1_COST * torch.cdist(boxes, objects, p=1)
+        cost = cost - GIOU_COST * giou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(objects)[None])
+        queries, matched = linear_sum_assignment(cost.cpu().numpy())
+        found.append((torch.as_tensor(queries).to(boxes.device), torch.as_tensor(matched).to(boxes.device)))
+    return found
+
+
+def _scores(logits: Tensor, softmax: bool) -> Tensor:
+    return logits.float().softmax(-1) if softmax else logits.float().sigmoid()
+
+
+def _padded(labels: Labels, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The boxes of all images (B, T, 4), T the largest count, and which of them are real (B, T)."""
+    counts = [len(label["boxes"]) for label in labels]
+    boxes = like.new_zeros(len(labels), max(counts, default=0), 4, dtype=torch.float32)
+    real = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=like.device)
+    for index, (label, count) in enumerate(zip(labels, counts, strict=True)):
+        boxes[index, :count] = label["boxes"].to(boxes)
+        real[index, :count] = True
+    return boxes, real

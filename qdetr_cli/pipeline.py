@@ -40,6 +40,7 @@ from qdetr_cli.results import (
 )
 from qdetr_cli.runs import begin_run, check_free, check_new, resumes
 from qdetr_cli.student import calibrated, saver, teacher_of, training_images, under_recipe
+from qdetr_cli.terms import check_terms
 from qdetr_cli.trace import GraphFacts, trace
 from qdetr_cli.train import Trainer
 
@@ -144,6 +145,7 @@ def finetune(
         folder=out,
         save=saver(model, chosen),
         evaluate=lambda module: _ap(model, evaluation, where, "evaluate", listener, quiet=True),
+        plan=model.plan,
         teacher=mentor,
         same_origin=chosen.distill.teacher == "float",
         device=str(where),
@@ -260,8 +262,8 @@ def _recipe(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> Rec
     chosen = load_recipe(name, overrides)
     named = [*folders, *(Path(each) for each in chosen.plugins)]
     _load_plugins(named)
-    for term in chosen.distill.terms:
-        plugins.get("loss", term)
+    check_terms(chosen.distill.terms, "distill.terms")
+    check_terms(chosen.train.terms, "train.terms")
     if chosen.rules and chosen.train.batch_norm == "train":
         raise RecipeError(
             f"{name}: train.batch_norm: train has no effect under quantization, where batch norms are "

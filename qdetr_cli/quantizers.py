@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qdetr_cli import plugins
 from qdetr_cli.errors import PluginError, RecipeError, RunError
 from qdetr_cli.fake_quant import Grid, fake_quantize, make_grid
-from qdetr_cli.ranges import grid_from_range, has_free_offset
+from qdetr_cli.ranges import STEP_FLOOR, grid_from_range, has_free_offset
 from qdetr_cli.recipe import QuantFormat
 from qdetr_cli.samples import RangeSample
 
@@ -94,7 +94,7 @@ class FakeQuantizer(nn.Module):
                 f"{self._name()} is not calibrated: run `qdetr quantize`, or load a checkpoint that it wrote"
             )
         if torch.compiler.is_exporting():
-            return self.grid().round(x, self.axis)
+            return self.grid_for(x).round(x, self.axis)
         return self.fake_quantize(x)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -108,6 +108,10 @@ class FakeQuantizer(nn.Module):
     def grid(self) -> Grid:
         """Return the grid in use: what `forward`, `integers` and `dequantize` all compute with."""
         return make_grid(self.live_step(), self.offset, self.format)
+
+    def grid_for(self, x: Tensor) -> Grid:
+        """Return the grid that x is exported with: the one in use, unless a subclass derives it from x."""
+        return self.grid()
 
     @torch.no_grad()
     def zero_point(self) -> Tensor:
@@ -214,6 +218,53 @@ class LSQ(FakeQuantizer):
         images = x.shape[0] if self.batched and x.dim() > 1 else 1
         shared = x.numel() / max(images, 1) / self.channels
         return 1.0 / sqrt(max(shared, 1.0) * self.format.qmax)
+
+
+@plugins.register("quantizer", "statistics")
+class Statistics(LSQ):
+    """A weight's step from its statistics instead of learned: 2 * mean|w| / sqrt(qmax), LSQ's first guess.
+
+    It moves with the weights and cannot oscillate on its own, which helps at 3 bits and below. For weights
+    alone: an activation's step must not depend on the batch.
+    """
+
+    def __init__(self, format: QuantFormat, *, axis: int | None, channels: int, batched: bool = True) -> None:
+        super().__init__(format, axis=axis, channels=channels, batched=batched)
+        self.step.requires_grad_(False)
+
+    def _check_options(self, format: QuantFormat) -> None:
+        super()._check_options(format)
+        if not format.symmetric or format.unsigned:
+            raise RecipeError("quantizer statistics: is for weights; use lsq for activations")
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Return x rounded to the grid, same shape and dtype."""
+        self._follow(x)
+        return super().fake_quantize(x)
+
+    def live_step(self) -> Tensor:
+        """Return the step in use, (channels,): a copy, for a layer may run twice before gradients flow."""
+        return self.step.detach().clone()
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> Tensor:
+        """Return the grid numbers of x, int32 in qmin..qmax, shaped as x."""
+        self._follow(x)
+        return super().integers(x)
+
+    def grid_for(self, x: Tensor) -> Grid:
+        """Return the grid of x, whatever x was seen last: `step` may be an average of several."""
+        return make_grid(self._steps(x), self.offset, self.format)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        self.step.copy_(self._steps(x))
+
+    def _steps(self, x: Tensor) -> Tensor:
+        """Return the steps of x, (channels,)."""
+        rows = x.detach().float().abs()
+        rows = rows.reshape(1, -1) if self.axis is None else rows.movedim(self.axis, 0).flatten(1)
+        return (2 * rows.mean(1) / sqrt(self.format.qmax)).clamp_min(STEP_FLOOR)
 
 
 def make_quantizer(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qdetr_cli.alignment import DistributionAlignment
 from qdetr_cli.attention import QuantAttention, QuantDeformable, subclass
 from qdetr_cli.capture import Graphs, capture_all, compiled, with_quantizers
 from qdetr_cli.fold import fold_batch_norms
@@ -39,8 +40,9 @@ def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts) -> None:
             _swap_layer(model, module)
         else:
             _quantize_attention(model, module, attentions[module.path], graphs.get(module.path, {}))
-    for path, quantizer in quantizers(model).items():
-        quantizer.path = path
+    for path, module in model.named_modules():
+        if isinstance(module, FakeQuantizer | DistributionAlignment):
+            module.path = path
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
@@ -83,8 +85,12 @@ def _quantize_attention(model: nn.Module, module: ModulePlan, facts: AttentionFa
         axis = 2 if (module.op, slot) == ("deformable", "probs") else 1  # (B, Q, N, points), else (B, N, ..)
         quantizer = _quantizer(formats[slot], axis, facts.heads) if slot in formats else None
         setattr(attention, f"{slot}_quantizer", quantizer)
+    aligned = [name for name, format in formats.items() if format.align]
+    for name in aligned:
+        axis = -1 if name == "q" else -2  # k is the right operand of its product: (B, N, d, L)
+        setattr(attention, f"{name}_alignment", DistributionAlignment(facts.heads, facts.head_dim, axis=axis))
     captured = {
-        signature: compiled(with_quantizers(graph, formats, facts.heads), attention)
+        signature: compiled(with_quantizers(graph, formats, facts.heads, aligned), attention)
         for signature, graph in graphs.items()
     }
     mixin = QuantAttention if module.op == "attention" else QuantDeformable

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from qdetr_cli.families import Family, role_of
-from qdetr_cli.recipe import Train, role_matches
+from qdetr_cli.recipe import Train
 
 STEP_DECAY = 0.1
 
@@ -25,23 +24,6 @@ def lr_scale(train: Train, step: int, total: int) -> float:
     if train.schedule == "step":
         return 1.0 if done < train.step_at else STEP_DECAY
     return 1.0
-
-
-def parameter_groups(model: nn.Module, family: Family, train: Train) -> list[dict[str, Any]]:
-    """AdamW groups: backbone and rest have rates of their own; steps, offsets, norms, biases do not decay.
-
-    What is backbone is a matter of roles: not in every family does its path say so.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = train.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((_rate(name, family, train), decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -125,9 +107,3 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def _rate(name: str, family: Family, train: Train) -> float:
-    if name.rsplit(".", 1)[-1] in ("step", "offset"):
-        return train.lr if train.quantizer_lr is None else train.quantizer_lr
-    return train.backbone_lr if role_matches("backbone", role_of(family, name)) else train.lr

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qdetr_cli.batchnorm import freeze_batch_norms, thaw_batch_norms
-from qdetr_cli.calibrate import calibrate
+from qdetr_cli.calibrate import calibrate, passes
 from qdetr_cli.checkpoint import Detector
 from qdetr_cli.data import DetectionData, ImageSet
 from qdetr_cli.errors import RunError
@@ -154,7 +154,7 @@ def calibrated(model: Model, data: DetectionData, where: torch.device, listener:
     images = ImageSet(
         data, model.detector.processor, known_classes(model, data), augment=None, seed=spec.seed
     )
-    with listener.progress("calibrate", min(spec.images, len(images))) as advance:
+    with listener.progress("calibrate", passes(model.module) * min(spec.images, len(images))) as advance:
         silent = calibrate(model.module, images, spec, device=where, advance=advance)
     for path in silent:
         listener.say(f"warning: {path} saw no value in calibration and keeps the smallest step")

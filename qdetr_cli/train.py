@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +14,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from qdetr_cli.compiled import compiled_kernels
 from qdetr_cli.data import Batch, ImageSet, collate
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.families import Family
-from qdetr_cli.losses import detection_loss, distillation_loss, predictions_of
+from qdetr_cli.losses import detection_loss
 from qdetr_cli.metrics import Metrics
+from qdetr_cli.one_to_many import AuxiliaryQueries
+from qdetr_cli.oscillation import OscillationFreezer
+from qdetr_cli.plan import Plan
+from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Distill, Train
 from qdetr_cli.runs import Journal, atomic_folder
 from qdetr_cli.schedule import (
@@ -26,14 +31,17 @@ from qdetr_cli.schedule import (
     MovingAverage,
     freeze,
     lr_scale,
-    parameter_groups,
     random_state,
     restore_random_state,
 )
 from qdetr_cli.signals import Interrupted, stop_signals
+from qdetr_cli.stages import Stages
+from qdetr_cli.teacher import Teacher
+from qdetr_cli.terms import Lesson, weighted
 
 STATE = "state.pt"
 LOG_EVERY = 20  # steps between two lines of metrics.jsonl
+COMPILE_FROM = 300  # steps from which compiling, of 10 to 40 seconds, pays
 
 Save = Callable[[nn.Module, Path, Metrics | None], None]
 Evaluate = Callable[[nn.Module], Metrics]
@@ -85,6 +93,7 @@ class Trainer:
         folder: Path,
         save: Save,
         evaluate: Evaluate,
+        plan: Plan | None = None,
         teacher: nn.Module | None = None,
         same_origin: bool = True,
         device: str = "auto",
@@ -94,14 +103,22 @@ class Trainer:
         self.folder, self.save, self.evaluate, self.watch = folder, save, evaluate, watch
         self.journal = Journal(folder / "metrics.jsonl")
         self.position = Position()
-        self.same_origin = same_origin
         self.accelerator = _accelerator(train, device)
         self.device = self.accelerator.device
-        self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.model = _trainable(model.to(self.device), train)
+        self.stages = Stages(self.model, plan, train.stages)
         self.average = None if train.ema is None else MovingAverage(self.model, train.ema)
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, family, train))
-        self.optimizer = self.accelerator.prepare(optimizer)
+        torch.manual_seed(train.seed)  # what follows is drawn alike on every process
+        self.teacher: Teacher | None = None
+        if teacher is not None and distill.terms:
+            self.teacher = Teacher(teacher.to(self.device), model, family, same_origin=same_origin)
+        self.queries: AuxiliaryQueries | None = None
+        if train.one_to_many is not None:
+            self.queries = AuxiliaryQueries(model, family, train.one_to_many)
+        self.extras = _extras(self.teacher, self.queries).to(self.device)
+        self.oscillation = None if train.oscillation is None else OscillationFreezer(model, train.oscillation)
+        groups = [*parameter_groups(self.model, family, train), *parameter_groups(self.extras, family, train)]
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups))
         alone = self.accelerator.num_processes == 1  # `prepare` would leave evaluations under autocast
         self.wrapped = self.model if alone else self.accelerator.prepare(self.model)
 
@@ -130,7 +147,7 @@ class Trainer:
         else:
             torch.manual_seed(self.train.seed + self.accelerator.process_index)  # dropout, denoising
         last: Metrics | None = None
-        with stop_signals() as stop:
+        with stop_signals() as stop, compiled_kernels(self._compiles()):
             if self.position.evaluated < self.position.step and self._evaluation_is_due():
                 last = self._evaluate()  # the run was stopped at the end of an epoch
             while self.position.step < self.total_steps:
@@ -150,6 +167,10 @@ class Trainer:
             seconds=position.seconds,
         )
 
+    def _compiles(self) -> bool:
+        wanted = self.train.compile
+        return self.total_steps >= COMPILE_FROM if wanted == "auto" else wanted
+
     def _epoch(self, stop: list[int]) -> None:
         """Go on to the end of the current epoch, of the training, or until asked to stop."""
         epoch, done = divmod(self.position.step, self.steps_per_epoch)
@@ -166,6 +187,7 @@ class Trainer:
 
     def _step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimiser step over accumulated batches; the loss terms as numbers."""
+        self.stages.enter(self.position.step / self.total_steps)
         scale = lr_scale(self.train, self.position.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
@@ -185,31 +207,44 @@ class Trainer:
         return {name: float(value) for name, value in totals.items()} | {"lr": self.train.lr * scale}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the detection loss and all terms of the recipe, and each unweighted."""
         try:
-            detection = detection_loss(self.wrapped, self.family, batch, auxiliary=self.train.auxiliary)
+            with self._listening() as call:
+                found = detection_loss(self.wrapped, self.family, batch, auxiliary=self.train.auxiliary)
         except DivergedError as error:
             raise self._diverged(str(error)) from error
-        if self.teacher is None or not self.distill.terms:
-            return detection.total, detection.terms
-        with torch.no_grad():
-            outputs = self.teacher(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
-        extra, terms = distillation_loss(
-            self.distill.terms,
-            self.family,
-            detection.predictions,
-            predictions_of(outputs),
-            same_origin=self.same_origin,
-        )
-        return detection.total + extra, detection.terms | terms
+        total, terms = found.total, found.terms
+        if self.train.terms:
+            lesson = Lesson(student=found.predictions, labels=batch.labels, softmax=self.family.softmax)
+            extra, values = weighted(self.train.terms, lesson, "train")
+            total, terms = total + extra, terms | values
+        if self.teacher is not None:
+            lesson = self.teacher.lesson(found.predictions, batch)
+            extra, values = weighted(self.distill.terms, lesson, "distill")
+            total, terms = total + extra, terms | values
+        if self.queries is not None:
+            many = self.queries.loss(self.model, call, batch.labels, auxiliary=self.train.auxiliary)
+            total, terms = total + self.queries.spec.weight * many, terms | {"one_to_many": many.detach()}
+        return total, terms
+
+    def _listening(self) -> AbstractContextManager[dict[str, Any]]:
+        """What the decoder is called with is kept, where auxiliary queries will call it again."""
+        return nullcontext({}) if self.queries is None else self.queries.listening(self.model)
 
     def _update(self) -> None:
-        """Clip, step, and move the average."""
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.clip or math.inf)
+        """Clip, step, hold oscillating weights, and move the average."""
+        for parameter in self.extras.parameters():  # DDP sees to the model's gradients alone
+            if self.accelerator.num_processes > 1 and parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        learned = [*self.wrapped.parameters(), *self.extras.parameters()]
+        norm = self.accelerator.clip_grad_norm_(learned, self.train.clip or math.inf)
         if self.train.precision != "fp16" and not math.isfinite(float(norm)):
             raise self._diverged("the gradient is not finite", gradient=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
+        if self.oscillation is not None:
+            self.oscillation.update(self.position.step / self.total_steps)
         if self.average is not None:
             self.average.update(self.model)
 
@@ -268,12 +303,14 @@ class Trainer:
         """The model with the moving average's weights, for the duration of the block."""
         self.model.eval()
         if self.average is None:
-            yield self.model
+            with self.stages.all_on():
+                yield self.model
             return
         own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.average.tensors)
         try:
-            yield self.model
+            with self.stages.all_on():
+                yield self.model
         finally:
             self.model.load_state_dict(own)
 
@@ -283,6 +320,9 @@ class Trainer:
             return
         state = {
             "model": self.model.state_dict(),
+            "extras": self.extras.state_dict(),
+            "oscillation": None if self.oscillation is None else self.oscillation.state_dict(),
+            "groups": self._grouped(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "random": random_state(self.device),
@@ -304,12 +344,32 @@ class Trainer:
         except Exception as error:
             raise RunError(f"{path}: cannot be read ({error}); start again in another --out") from error
         self.model.load_state_dict(state["model"])
+        self.extras.load_state_dict(state["extras"])
+        if self.oscillation is not None:
+            self.oscillation.load_state_dict(state["oscillation"])
+        self._regroup(state["groups"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         restore_random_state(state["random"], self.device)
         self.position = Position(**state["position"])
         self.journal.rewind(self.position.step)
+
+    def _grouped(self) -> list[list[str]]:
+        """The names of the optimiser's groups."""
+        names = {parameter: name for name, parameter in self._named_parameters().items()}
+        return [[names[each] for each in group["params"]] for group in self.optimizer.param_groups]
+
+    def _regroup(self, groups: list[list[str]]) -> None:
+        """Form the optimiser's groups as they were: rates depend on the steps that a training began with."""
+        named, settings = self._named_parameters(), self.optimizer.param_groups[0]
+        self.optimizer.param_groups = [
+            {**settings, "params": [named[name] for name in names]} for names in groups
+        ]
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        beside = {f"extras.{name}": parameter for name, parameter in self.extras.named_parameters()}
+        return {**dict(self.model.named_parameters()), **beside}
 
     def _sampler(self, *, epoch: int, skip: int) -> EpochSampler:
         return EpochSampler(
@@ -340,6 +400,16 @@ def _accelerator(train: Train, device: str) -> Accelerator:
     if train.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise RunError("train.precision: fp16 needs CUDA; use bf16 or float32 on a CPU")
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+def _extras(teacher: Teacher | None, queries: AuxiliaryQueries | None) -> nn.ModuleDict:
+    """What is learned beside the model, and of no use after training."""
+    extras = nn.ModuleDict()
+    if teacher is not None and teacher.projections:
+        extras["projections"] = teacher.projections
+    if queries is not None:
+        extras["queries"] = queries
+    return extras
 
 
 def _trainable(model: nn.Module, train: Train) -> nn.Module:

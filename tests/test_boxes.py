@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import ops
 
-from qdetr_cli.boxes import cxcywh_to_xyxy, giou, xyxy_to_cxcywh
+from qdetr_cli.boxes import cxcywh_to_xyxy, giou, iou, xyxy_to_cxcywh
 
 
 def _corners(count: int, seed: int) -> torch.Tensor:
@@ -32,6 +32,7 @@ def test_round_trip_is_exact_on_whole_pixels(shape):
 def test_all_pairs_match_torchvision():
     a, b = _corners(9, 0), _corners(5, 1)
     torch.testing.assert_close(giou(a[:, None], b[None]), ops.generalized_box_iou(a, b))
+    torch.testing.assert_close(iou(a[:, None], b[None]), ops.box_iou(a, b))
 
 
 def test_giou_by_hand():
@@ -65,4 +66,5 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 
 def test_no_boxes():
-    assert giou(torch.zeros(0, 1, 4), torch.zeros(1, 3, 4)).shape == (0, 3)
+    for measure in (iou, giou):
+        assert measure(torch.zeros(0, 1, 4), torch.zeros(1, 3, 4)).shape == (0, 3)

@@ -415,3 +415,101 @@ def test_lsq_learns_a_better_step():
     best = calibrated(SIGNED, x)
     assert (quantizer(x) - x).square().mean() < 0.8 * before
     assert (quantizer(x) - x).square().mean() < 1.1 * (best(x) - x).square().mean()
+
+
+# --- steps from statistics ---
+
+STATISTICS = replace(SIGNED, bits=3, quantizer="statistics")
+
+
+def statistics(weight: Tensor, axis: int | None = 0) -> FakeQuantizer:
+    quantizer = make_quantizer(
+        STATISTICS, axis=axis, channels=1 if axis is None else weight.shape[axis], batched=False
+    )
+    quantizer.start_observing()
+    quantizer.observe(weight)
+    quantizer.finish_observing()
+    return quantizer
+
+
+def test_steps_from_statistics_by_hand():
+    """2 * mean|w| / sqrt(3) at 3 bits, for each row, or for all of it."""
+    weight = torch.tensor([[1.0, -3.0, 2.0], [0.1, 0.1, -0.4]])
+    rows, whole = statistics(weight), statistics(weight, None)
+    rows(weight)
+    whole(weight)
+    assert rows.step.tolist() == pytest.approx([2 * 2.0 / 3**0.5, 2 * 0.2 / 3**0.5])
+    assert whole.step.tolist() == pytest.approx([2 * 1.1 / 3**0.5])
+    kernels = data((4, 3, 3, 3))
+    quantizer = statistics(kernels)
+    quantizer(kernels)
+    torch.testing.assert_close(quantizer.step.data, 2 * kernels.abs().mean((1, 2, 3)) / 3**0.5)
+
+
+@pytest.mark.parametrize("axis", [0, None], ids=["rows", "whole"])
+def test_steps_from_statistics_follow_the_weight(axis):
+    weight = data((6, 40))
+    quantizer = statistics(weight, axis)
+    before = quantizer(weight).detach()
+    assert torch.equal(before, quantizer.dequantize(quantizer.integers(weight)))
+    other = 3 * weight
+    assert torch.equal(quantizer(other), quantizer.dequantize(quantizer.integers(other)))
+    torch.testing.assert_close(quantizer(other), 3 * before)
+    assert len(quantizer.integers(other).unique()) >= 7
+
+
+def test_steps_from_statistics_are_not_learned_and_the_weight_is():
+    """The straight-through estimator with the step as a constant."""
+    weight = data((6, 40)).requires_grad_()
+    quantizer = statistics(weight.detach())
+    incoming = data((6, 40)).flip(0)
+    quantizer(weight).backward(incoming)
+    assert not any(parameter.requires_grad for parameter in quantizer.parameters())
+    inside = (weight.detach() / quantizer.step[:, None]).round().clamp(-4, 3)
+    beyond = (weight.detach() / quantizer.step[:, None] > 3) | (
+        weight.detach() / quantizer.step[:, None] < -4
+    )
+    assert beyond.any()
+    torch.testing.assert_close(weight.grad, incoming.masked_fill(beyond, 0.0))
+    torch.testing.assert_close(quantizer(weight).detach(), inside * quantizer.step[:, None])
+
+
+def test_a_weight_with_steps_from_statistics_may_be_used_twice_before_going_back():
+    """As in a head that all decoder layers share."""
+    weight = data((6, 40)).requires_grad_()
+    quantizer = statistics(weight.detach())
+    (quantizer(weight) + quantizer(weight)).sum().backward()
+    twice, weight.grad = weight.grad, None
+    quantizer(weight).sum().backward()
+    assert torch.equal(twice, 2 * weight.grad)
+
+
+def test_a_weight_of_zeros_has_a_step():
+    quantizer = statistics(torch.zeros(2, 3))
+    assert torch.equal(quantizer(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert bool((quantizer.step > 0).all())
+
+
+def test_an_export_has_the_steps_of_its_weight():
+    """Also where `step` still says something else: it is averaged, and an average of means is no mean."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(data((6, 40)))
+            self.quantizer = statistics(self.weight.detach())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.quantizer(self.weight).T
+
+    layer, x = Layer().eval(), data((2, 40))
+    with torch.no_grad():
+        layer.quantizer.step.mul_(1.7)
+        program = torch.export.export(layer, (x,))
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("format", [OFFSET, UNSIGNED], ids=["an offset", "unsigned"])
+def test_steps_from_statistics_are_for_weights(format):
+    with pytest.raises(RecipeError, match="quantizer statistics: is for weights; use lsq for activations"):
+        make_quantizer(replace(format, quantizer="statistics"), axis=None, channels=1)

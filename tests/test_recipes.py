@@ -11,6 +11,8 @@ from qdetr_cli.errors import RecipeError
 from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.recipe import (
     FIGURE_2_11,
+    Stage,
+    Term,
     load_recipe,
     recipe_folder,
     recipe_from_dict,
@@ -19,11 +21,17 @@ from qdetr_cli.recipe import (
     recipe_text,
     role_matches,
 )
+from qdetr_cli.terms import check_terms
 from qdetr_cli.trace import GraphFacts, trace
 
-NAMES = ("fig2_11", "float", "w2a2", "w3a3", "w4a4", "w4a4_attn4", "w8a8")
+PAPER = ("qdetr_w2a2", "qdetr_w3a3", "qdetr_w4a4")
+NAMES = ("fig2_11", "float", *PAPER, "w2a2", "w3a3", "w4a4", "w4a4_attn4", "w8a8")
+FRAGMENTS = ("_base", "_qdetr")
 BITS = {  # weights, activations, attention
     "fig2_11": (4, 4, 8),
+    "qdetr_w2a2": (2, 2, 8),
+    "qdetr_w3a3": (3, 3, 8),
+    "qdetr_w4a4": (4, 4, 8),
     "w2a2": (2, 2, 8),
     "w3a3": (3, 3, 8),
     "w4a4": (4, 4, 8),
@@ -52,17 +60,17 @@ quantizing = pytest.mark.parametrize("name", sorted(BITS))
 
 def test_the_shelf_holds_what_is_promised() -> None:
     assert recipe_names() == NAMES
-    assert {path.stem for path in recipe_folder().iterdir()} == {*NAMES, "_base"}
+    assert {path.stem for path in recipe_folder().iterdir()} == {*NAMES, *FRAGMENTS}
 
 
-@pytest.mark.parametrize("name", [*NAMES, "_base"])
+@pytest.mark.parametrize("name", [*NAMES, *FRAGMENTS])
 def test_headers_say_purpose_need_command_and_result(name: str) -> None:
     text = (recipe_folder() / f"{name}.yaml").read_text()
     head = r"# \w.+\n# Needs : .+\n# Run   : qdetr .+\n# Result: .+\n(?:#         .+\n)*schema: 1\n"
     assert re.match(head, text)
     assert "not measured" not in text
-    assert name == "_base" or f" {name}" in text.splitlines()[2]
-    assert name == "_base" or recipe_summary(name) == recipe_text(name).splitlines()[0].removeprefix("# ")
+    assert name in FRAGMENTS or f" {name}" in text.splitlines()[2]
+    assert name in FRAGMENTS or recipe_summary(name) == recipe_text(name).splitlines()[0].removeprefix("# ")
 
 
 @shipped
@@ -117,6 +125,25 @@ def test_formats_are_what_an_integer_matmul_can_use(family: str) -> None:
         ("v", "head", False, False),
         ("probs", "head", True, True),
     }
+
+
+@families
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_aligns_the_decoders_q_and_changes_no_bits(name: str, family: str) -> None:
+    """Deformable cross-attention has no q."""
+    made = plan(name, family)
+    aligned = {(m.role, s.slot) for m in made.modules for s in m.slots if s.format and s.format.align}
+    dense = {m.role for m in made.modules if m.op == "attention"} - {"encoder.attention"}
+    assert aligned == {(role, "q") for role in dense}
+    assert made.totals() == plan(name.removeprefix("qdetr_"), family).totals()
+
+
+def test_the_paper_distils_foreground_queries_and_begins_with_the_backbone() -> None:
+    recipe = load_recipe("qdetr_w3a3")
+    assert recipe.distill.teacher == "float"
+    assert recipe.distill.terms == {"foreground_queries": Term(weight=2.5, options={"tau": 0.6})}
+    assert recipe.train.stages == (Stage(until=0.5, roles=("backbone",)),)
+    check_terms(recipe.distill.terms, "distill.terms")
 
 
 @families

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny_detectors import CONFIGS, tiny_config
+from tiny_detectors import tiny_config
 from torch import nn
 
 from qdetr_cli.checkpoint import load_config_model
-from qdetr_cli.families import FAMILIES
 from qdetr_cli.recipe import Train
-from qdetr_cli.schedule import EpochSampler, MovingAverage, freeze, lr_scale, parameter_groups
+from qdetr_cli.schedule import EpochSampler, MovingAverage, freeze, lr_scale
 
 
 class Net(nn.Module):
@@ -39,66 +38,11 @@ def test_lr_scale(train, step, expected):
     assert lr_scale(train, step, 100) == pytest.approx(expected)
 
 
-def test_parameter_groups_give_backbone_its_rate_and_spare_vectors_the_decay():
-    train = Train(lr=1e-3, backbone_lr=1e-4, quantizer_lr=1e-5, weight_decay=0.1)
-    net = Net()
-    groups = parameter_groups(net, FAMILIES["detr"], train)
-    found = {
-        id(parameter): (group["lr"], group["weight_decay"])
-        for group in groups
-        for parameter in group["params"]
-    }
-    assert found[id(net.model["backbone"].weight)] == (1e-4, 0.1)
-    assert found[id(net.model["backbone"].bias)] == (1e-4, 0.0)
-    assert found[id(net.head.weight)] == (1e-3, 0.1)
-    assert found[id(net.step)] == (1e-5, 0.0)
-    assert len(found) == len(list(net.parameters()))
-
-
-# where transformers keeps the backbone of each family, with what is no backbone in there
-PROJECTIONS = ("model.conv_encoder.encoder_input_proj.", "model.conv_encoder.fusion_proj.")
-PLACES = {"deimv2": ("model.conv_encoder.", PROJECTIONS)}
-VIT = {"lw_detr": ("model.backbone.backbone.", "-"), "rf_detr": ("model.backbone.backbone.", "-")}
-
-
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "yolos"], ids=str)
-def test_the_backbone_of_each_family_has_its_rate(name):
-    detector = load_config_model(tiny_config(name), None)
-    start, but = (PLACES | VIT).get(detector.family.name, ("model.backbone.", "-"))
-    groups = parameter_groups(detector.model, detector.family, Train(lr=1e-3, backbone_lr=1e-4))
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    slow = {n for n, p in detector.model.named_parameters() if rates.get(id(p)) == 1e-4}
-    assert slow
-    assert slow == {
-        n
-        for n, p in detector.model.named_parameters()
-        if p.requires_grad and n.startswith(start) and not n.startswith(but)
-    }
-
-
 def test_shared_parameters_freeze_under_each_of_their_names():
     for pattern in ("class_embed.*", "model.decoder.class_embed.*"):
         model = load_config_model(tiny_config("d_fine"), None).model
         assert freeze(model, (pattern,)) == ()
         assert not model.class_embed[1].weight.requires_grad
-
-
-def test_a_backbone_step_has_the_quantizer_rate_too():
-    net = nn.ModuleDict({"model": nn.ModuleDict({"backbone": Net()})})
-    train = Train(lr=1e-3, backbone_lr=1e-4, quantizer_lr=1e-5)
-    (rate,) = {
-        group["lr"]
-        for group in parameter_groups(net, FAMILIES["detr"], train)
-        if any(parameter is net["model"]["backbone"].step for parameter in group["params"])
-    }
-    assert rate == 1e-5
-
-
-def test_without_a_quantizer_rate_steps_have_the_general_one():
-    net = nn.ModuleDict({"model": nn.ModuleDict({"backbone": Net()})})
-    groups = parameter_groups(net, FAMILIES["detr"], Train(lr=1e-3, backbone_lr=1e-4))
-    (rate,) = {g["lr"] for g in groups if any(p is net["model"]["backbone"].step for p in g["params"])}
-    assert rate == 1e-3
 
 
 def test_freeze_stops_gradients_and_names_what_matched_nothing():

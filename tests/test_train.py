@@ -14,7 +14,7 @@ from qdetr_cli.checkpoint import Detector, load_config_model
 from qdetr_cli.data import ImageSet, open_data
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.metrics import measure
-from qdetr_cli.recipe import Augment, Distill, Train
+from qdetr_cli.recipe import Augment, Distill, Term, Train
 from qdetr_cli.runs import Journal
 from qdetr_cli.scenes import write_scenes
 from qdetr_cli.signals import Interrupted
@@ -220,7 +220,7 @@ def test_a_teacher_adds_its_terms_and_stays_as_it_was(tmp_path, data):
         teacher.class_labels_classifier.bias[0] += 1.0
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     watch = Watch()
-    distill = Distill(teacher="float", terms={"logits": 1.0, "boxes": 1.0})
+    distill = Distill(teacher="float", terms={"logits": Term(), "boxes": Term()})
     trainer(tmp_path / "a", data, distill=distill, teacher=teacher, watch=watch).fit()
     assert watch.entries[0]["distill_logits"] > 0
     assert 0 <= watch.entries[0]["distill_boxes"] < 0.01  # dropout alone

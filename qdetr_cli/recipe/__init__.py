@@ -20,7 +20,20 @@ from qdetr_cli.recipe.formats import (
     role_names,
 )
 from qdetr_cli.recipe.load import load_recipe, recipe_from_dict
-from qdetr_cli.recipe.schema import FIGURE_2_11, Augment, Calibrate, Distill, Export, Recipe, Rule, Train
+from qdetr_cli.recipe.schema import (
+    FIGURE_2_11,
+    Augment,
+    Calibrate,
+    Distill,
+    Export,
+    OneToMany,
+    Oscillation,
+    Recipe,
+    Rule,
+    Stage,
+    Term,
+    Train,
+)
 from qdetr_cli.recipe.shelf import (
     find_recipe,
     new_recipe,
@@ -47,11 +60,15 @@ __all__ = [
     "Format",
     "Granularity",
     "Named",
+    "OneToMany",
     "Op",
+    "Oscillation",
     "QuantFormat",
     "Recipe",
     "Rule",
     "Slot",
+    "Stage",
+    "Term",
     "Train",
     "find_recipe",
     "load_recipe",

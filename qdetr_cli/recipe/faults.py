@@ -11,13 +11,27 @@ from pydantic_core import ErrorDetails
 
 from qdetr_cli.errors import RecipeError
 from qdetr_cli.recipe.formats import SLOTS, Format
-from qdetr_cli.recipe.schema import Augment, Calibrate, Distill, Export, Recipe, Rule, Train
+from qdetr_cli.recipe.schema import (
+    Augment,
+    Calibrate,
+    Distill,
+    Export,
+    OneToMany,
+    Oscillation,
+    Recipe,
+    Rule,
+    Stage,
+    Train,
+)
 
 _SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Recipe,
     ("calibrate",): Calibrate,
     ("train",): Train,
     ("train", "augment"): Augment,
+    ("train", "stages", "*"): Stage,
+    ("train", "oscillation"): Oscillation,
+    ("train", "one_to_many"): OneToMany,
     ("distill",): Distill,
     ("export",): Export,
     ("rules", "*"): Rule,

@@ -123,7 +123,10 @@ def _check_bits(value: Any) -> Any:
 
 
 class Format(Partial):
-    """A number format, perhaps in part: what is left out falls to earlier rules, then to the slot."""
+    """A number format, perhaps in part: what is left out falls to earlier rules, then to the slot.
+
+    `align` puts Q-DETR's distribution alignment before the quantizer; only q and k have it.
+    """
 
     bits: Annotated[int | Literal["float"] | None, BeforeValidator(_check_bits)] = None
     symmetric: bool | None = Field(default=None, strict=True)
@@ -131,6 +134,7 @@ class Format(Partial):
     per: Granularity | None = None
     quantizer: Named | None = None
     init: Named | None = None
+    align: bool | None = Field(default=None, strict=True)
 
     @model_validator(mode="after")
     def _agrees(self) -> Format:
@@ -159,6 +163,7 @@ class QuantFormat:
     quantizer_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     init: str
     init_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    align: bool = False  # distribution alignment (Q-DETR's DA) goes before the quantizer
 
     @property
     def qmin(self) -> int:
@@ -214,4 +219,5 @@ def resolve_format(slot: Slot, stated: Format) -> QuantFormat:
         quantizer_options=dict(full.quantizer.options),
         init=full.init.name,
         init_options=dict(full.init.options),
+        align=bool(full.align),
     )

@@ -12,7 +12,8 @@ import yaml
 from qdetr_cli.recipe.faults import Fault
 
 Scalar = None | bool | int | float | str
-_ALONE = ("ladder", "init", "quantizer")  # stated anew these replace what was inherited; nothing is mixed in
+# Stated anew these replace what was inherited; nothing is mixed in.
+_ALONE = ("ladder", "init", "quantizer", "terms")
 _DEPTH = 12
 
 

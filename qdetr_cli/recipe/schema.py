@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from qdetr_cli.recipe.formats import GRANULARITIES, SLOTS, Format, Op, Partial, Section, Slot, role_names
+from qdetr_cli.recipe.formats import (
+    GRANULARITIES,
+    SLOTS,
+    Format,
+    Op,
+    Option,
+    Partial,
+    Section,
+    Slot,
+    role_names,
+)
 
 
 def _listed(value: Any) -> Any:
@@ -37,7 +55,7 @@ def _check_roles(roles: tuple[str, ...]) -> tuple[str, ...]:
     return roles
 
 
-SLOT_FAULTS = ("per", "weight")  # what `_fits` raises: a format that is fine, in the wrong slot
+SLOT_FAULTS = ("per", "weight", "align")  # what `_fits` raises: a format that is fine, in the wrong slot
 
 
 def _fits(slot: Slot) -> Callable[[Format], Format]:
@@ -49,6 +67,8 @@ def _fits(slot: Slot) -> Callable[[Format], Format]:
             raise PydanticCustomError("per", "per: {per} does not fit {slot}; valid: {valid}", context)
         if slot == "weight" and (stated.unsigned or stated.symmetric is False):
             raise PydanticCustomError("weight", "weights are signed and symmetric; drop the key")
+        if stated.align and slot not in ("q", "k"):
+            raise PydanticCustomError("align", "align: only q and k are aligned; drop the key")
         return stated
 
     return check
@@ -100,6 +120,30 @@ class Rule(Partial):
         return isinstance(other, Rule) and self.model_dump() == other.model_dump()
 
 
+class Term(Section):
+    """A loss term: its weight, and options of its own. Written `1.0` or `{weight: 2.5, tau: 0.6}`."""
+
+    weight: NotNegative = 1.0
+    options: dict[str, Option] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"weight": value}
+        if isinstance(value, dict) and not isinstance(value.get("options"), dict):
+            options = {key: option for key, option in value.items() if key != "weight"}
+            return {**({"weight": value["weight"]} if "weight" in value else {}), "options": options}
+        return value
+
+    @model_serializer
+    def _to_short(self) -> Any:
+        return {"weight": self.weight, **self.options} if self.options else self.weight
+
+
+Terms = dict[str, Term]
+
+
 class Calibrate(Section):
     """How the first steps and offsets are found."""
 
@@ -117,8 +161,51 @@ class Augment(Section):
     color: NotNegative = 0.0
 
 
+class Stage(Section):
+    """A part of the training in which only some slots are quantized, up to the fraction `until` of its steps.
+
+    `roles` and `slots` say which ones (empty: all). After the last stage everything is quantized.
+    """
+
+    until: Annotated[float, Field(strict=True, gt=0, lt=1)]
+    roles: Strings = ()
+    slots: Annotated[tuple[Slot, ...], BeforeValidator(_listed)] = ()
+
+    _roles_exist = field_validator("roles")(_check_roles)
+
+
+class Oscillation(Section):
+    """Freezing of weights that flip between two grid numbers (Nagel et al. 2022, arXiv:2203.11086, alg. 1).
+
+    A weight whose flips per step, averaged with `momentum`, exceed a threshold keeps its mean grid number for
+    good. The threshold falls along a cosine from `start` to `end` between `after` (a fraction of the steps)
+    and the last step. `bits`: only weights of this many bits or fewer.
+    """
+
+    bits: Annotated[int, Field(strict=True, ge=2, le=8)] = 3
+    start: Fraction = 0.04
+    end: Fraction = 0.01
+    momentum: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.01
+    after: Fraction = 0.0
+
+
+class OneToMany(Section):
+    """Auxiliary queries in training only: a second set, each object matched to `copies` of them.
+
+    Their detection loss, times `weight`, is added.
+    """
+
+    copies: Count = 4
+    weight: Positive = 1.0
+
+
 class Train(Section):
-    """Fine-tuning. `batch_size` is per process; `steps`, where given, ends training in place of `epochs`."""
+    """Fine-tuning. `batch_size` is per process; `steps`, where given, ends training in place of `epochs`.
+
+    `quantizer_lr` is relative: by what part of itself a step changes in one update of AdamW, at most.
+    `compile` fuses fake quantization with torch.compile; `auto`: in trainings that are long enough to pay.
+    `terms` are losses that need no teacher; `stages` quantize parts of the model later than others.
+    """
 
     epochs: Positive = 12.0
     steps: Count | None = None
@@ -126,7 +213,7 @@ class Train(Section):
     accumulate: Count = 1
     lr: Positive = 1e-4
     backbone_lr: NotNegative = 1e-5
-    quantizer_lr: NotNegative | None = None
+    quantizer_lr: NotNegative = 1e-3
     weight_decay: NotNegative = 1e-4
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_steps: Whole = 0
@@ -134,6 +221,7 @@ class Train(Section):
     clip: NotNegative = 0.1
     ema: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = 0.9998
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    compile: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     batch_norm: Literal["frozen", "train"] = "frozen"
     freeze: Strings = ()
     workers: Whole = 2
@@ -141,13 +229,25 @@ class Train(Section):
     seed: Whole = 0
     augment: Augment = Augment()
     auxiliary: Flag = True
+    terms: Terms = Field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    oscillation: Oscillation | None = None
+    one_to_many: OneToMany | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_follow(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        ends = [stage.until for stage in stages]
+        if any(later <= earlier for earlier, later in pairwise(ends)):
+            raise PydanticCustomError("stages", "until must rise from stage to stage")
+        return stages
 
 
 class Distill(Section):
     """What the student learns from a teacher: `float` is the unquantized start, else a MODEL."""
 
     teacher: str | None = None
-    terms: dict[str, NotNegative] = Field(default_factory=dict)
+    terms: Terms = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _teaches(self) -> Distill:

@@ -1,0 +1,88 @@
+"""The ablation's results as a table for people (mean and spread over seeds) and as a plot.
+
+    python -m benchmarks.ablation_table benchmarks/results/ablation.csv
+
+Gaps are float minus quantized, in points of AP50(voc-area). "Recovered" is the part of the baseline's gap
+that a row closes.
+"""
+
+import csv
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+Gaps = dict[tuple[str, str, str], list[float]]  # (model, bits, row) -> gap of each seed
+BASELINE = "baseline"
+
+
+def write_table(results: Path) -> None:
+    """Write `<results>.md` and `<results>.png` beside the csv."""
+    gaps = read_gaps(results)
+    models = list(dict.fromkeys(model for model, _, _ in gaps))
+    text = "\n".join(_table(model, gaps) for model in models)
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    _plot(models, gaps, results.with_suffix(".png"))
+
+
+def read_gaps(results: Path) -> Gaps:
+    """The gap to float of every run, in points of AP50(voc-area)."""
+    gaps: Gaps = defaultdict(list)
+    with results.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            gap = 100 * (float(line["ap50_voc_area_float"]) - float(line["ap50_voc_area"]))
+            gaps[line["model"], line["bits"], line["row"]].append(gap)
+    return gaps
+
+
+def _table(model: str, gaps: Gaps) -> str:
+    bits = list(dict.fromkeys(bits for name, bits, _ in gaps if name == model))
+    rows = list(dict.fromkeys(row for name, _, row in gaps if name == model))
+    lines = [f"**{model}**: gap to float in points of AP50(voc-area), mean ± standard deviation (runs); ", ""]
+    lines[0] += "in brackets the part of the baseline's gap that is recovered."
+    lines += [f"| | {' | '.join(bits)} |", "|---" * (len(bits) + 1) + "|"]
+    for row in rows:
+        cells = [
+            _cell(gaps.get((model, each, row), []), gaps.get((model, each, BASELINE), [])) for each in bits
+        ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(gaps: list[float], baseline: list[float]) -> str:
+    if not gaps:
+        return ""
+    mean = statistics.mean(gaps)
+    spread = f" ± {statistics.stdev(gaps):.2f}" if len(gaps) > 1 else ""
+    base = statistics.mean(baseline) if baseline else 0.0
+    share = f" [{100 * (1 - mean / base):.0f} %]" if base > 0 and gaps != baseline else ""
+    return f"{mean:.2f}{spread} ({len(gaps)}){share}"
+
+
+def _plot(models: list[str], gaps: Gaps, path: Path) -> None:
+    """One panel per model and column of bits: a dot per run, a bar per mean."""
+    panels = list(dict.fromkeys((model, bits) for model, bits, _ in gaps))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(2.4 * len(panels) + 1.5, 4), layout="constrained", squeeze=False
+    )
+    for axis, (model, bits) in zip(axes[0], panels, strict=True):
+        rows = [row for name, each, row in gaps if (name, each) == (model, bits)]
+        for place, row in enumerate(rows):
+            values = gaps[model, bits, row]
+            axis.barh(place, statistics.mean(values), color="#9db7e4")
+            axis.plot(values, [place] * len(values), "o", color="#1f3d7a", markersize=4)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.invert_yaxis()
+        axis.set_title(f"{model}\n{bits}", fontsize=9)
+        axis.set_xlabel("points of AP50 below float", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1]))
