@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from qdetr_cli.compiled import compiled_kernels
@@ -236,10 +237,13 @@ class Trainer:
         for parameter in self.extras.parameters():  # DDP sees to the model's gradients alone
             if self.accelerator.num_processes > 1 and parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.accelerator.unscale_gradients()
         learned = [*self.wrapped.parameters(), *self.extras.parameters()]
-        norm = self.accelerator.clip_grad_norm_(learned, self.train.clip or math.inf)
+        gradients = [each.grad for each in learned if each.grad is not None]
+        norm = get_total_norm(gradients)
         if self.train.precision != "fp16" and not math.isfinite(float(norm)):
-            raise self._diverged("the gradient is not finite", gradient=True)
+            norm = self._shrunk(gradients)
+        clip_grads_with_norm_(learned, self.train.clip or math.inf, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
@@ -247,6 +251,18 @@ class Trainer:
             self.oscillation.update(self.position.step / self.total_steps)
         if self.average is not None:
             self.average.update(self.model)
+
+    def _shrunk(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of finite gradients whose squares are not: they are divided by the largest value first.
+
+        Untrained models of many layers have such: a layer norm of nearly equal features multiplies by 300.
+        """
+        largest = get_total_norm(gradients, norm_type=math.inf)
+        if not math.isfinite(float(largest)):
+            raise self._diverged("the gradient is not finite", gradient=True)
+        for gradient in gradients:
+            gradient.div_(largest)
+        return get_total_norm(gradients)
 
     def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         if not math.isfinite(loss.item()):

@@ -1,6 +1,7 @@
 """Training on tiny models: resuming is bit-exact, stopping leaves a checkpoint, divergence is named."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -157,6 +158,31 @@ def test_predictions_that_are_not_finite_are_no_traceback_of_the_matcher(tmp_pat
     wild = TRAIN.model_copy(update={"lr": 1e30, "backbone_lr": 1e30, "clip": 0.0})
     with pytest.raises(DivergedError, match=r"step \d: the (predictions are|loss is|gradient is) not finite"):
         trainer(tmp_path / "a", data, train=wild).fit()
+
+
+def test_gradients_whose_squares_overflow_are_clipped(tmp_path, data):
+    """1e25 is finite, its square is not; clipped, it moves the weight as 1e3 does."""
+    states = []
+    for size in (1e3, 1e25):
+        train = TRAIN.model_copy(update={"steps": 1, "ema": None, "clip": 1e-3})
+        each = trainer(tmp_path / str(size), data, train=train)
+        for parameter in each.model.parameters():
+            parameter.requires_grad_(False)
+        weight = each.model.class_labels_classifier.weight.requires_grad_(True)
+        weight.register_hook(lambda gradient, size=size: torch.full_like(gradient, size))
+        each.fit()
+        states.append(weight.detach())
+    assert torch.equal(*states)
+    assert states[0].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_stops_and_names_its_parameter(tmp_path, data):
+    broken = trainer(tmp_path / "a", data)
+    broken.model.class_labels_classifier.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(
+        DivergedError, match=r"step 0: the gradient is not finite; first bad .*classifier\.weight"
+    ):
+        broken.fit()
 
 
 def test_live_batch_norms_move_and_frozen_ones_do_not(tmp_path, data):
