@@ -22,9 +22,10 @@ from qdetr_cli.manifest import Manifest, load_weights, save_checkpoint
 from qdetr_cli.models import Source, open_model
 from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.processors import Processor
+from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Train, recipe_from_dict
 from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
-from qdetr_cli.schedule import freeze, parameter_groups
+from qdetr_cli.schedule import freeze
 from qdetr_cli.trace import GraphFacts, trace
 
 THREE = {"out_features": ["stage2", "stage3", "stage4"]}

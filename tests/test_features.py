@@ -41,7 +41,8 @@ def facts_of(model: nn.Module) -> GraphFacts:
     for path, attention in cross_attentions(model, family):
         deformable = bool(set(family.deformable) & {kind.__name__ for kind in type(attention).__mro__})
         op: Op = "deformable" if deformable else "attention"
-        heads = model.config.decoder_attention_heads
+        config = model.config
+        heads = getattr(config, "decoder_attention_heads", None) or config.decoder_cross_attention_heads
         attentions.append(AttentionFacts(path=path, op=op, heads=heads, head_dim=8, macs=1, **role))
         for name, layer in attention.named_modules(prefix=path):
             if isinstance(layer, nn.Linear):
