@@ -10,31 +10,10 @@ from torch import fx, nn
 PRODUCTS = ("matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "conv2d")
 OPAQUE = ("scaled_dot_product_attention", "multi_head_attention_forward")
 SAMPLERS = ("grid_sampler", "index")
-KEPT_VALUES = (  # what leaves values as they are, but for their places
-    *(
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "transpose",
-        "permute",
-    ),
-    *(
-        "t",
-        "expand",
-        "contiguous",
-        "clone",
-        "alias",
-        "detach",
-        "split",
-        "split_with_sizes",
-        "getitem",
-        "slice",
-    ),
-    *("select", "dropout"),
+KEPT_VALUES = (  # what leaves values as they are, but for their places and, within float32, their type
+    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t"),
+    *("permute", "expand", "contiguous", "clone", "alias", "detach", "split", "split_with_sizes", "getitem"),
+    *("slice", "select", "dropout", "to"),
 )
 JOINED = ("stack", "cat", "concat")
 

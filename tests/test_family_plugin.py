@@ -13,7 +13,8 @@ from tiny_runs import PADDED, SETS, as_json, ok, refused, write_coco
 from qdetr_cli import plugins
 from qdetr_cli.checkpoint import load_config_model, load_float
 from qdetr_cli.errors import CheckpointError
-from qdetr_cli.models import Source, open_model
+from qdetr_cli.models import Source, open_model, save_model
+from qdetr_cli.recipe import load_recipe
 from qdetr_cli.rewrite import quantizers, set_enabled
 
 SAMPLES = Path(__file__).parents[1] / "plugins"
@@ -115,6 +116,17 @@ def test_with_quantizers_off_it_is_the_float_model(world):
     assert {path.rpartition(".")[0] for path in quantizers(model) if "probs" in path} == ATTENTIONS
     found = model(pixel_values=pixels, pixel_mask=mask)
     torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, rtol=1e-4, atol=1e-5)
+
+
+def test_a_float_checkpoint_of_it_imports_nothing_either(world, tmp_path):
+    plugins.load([SAMPLES])
+    model = open_model(Source(str(world / "model")), print)
+    save_model(model.module, model, tmp_path / "float", load_recipe("float"), None)
+    assert as_json("inspect", tmp_path / "float", *NAMED)["family"] == "anchor_detr"
+    forget()
+    message = refused("inspect", tmp_path / "float")
+    assert "float: needs the family anchor_detr of a plugin" in message
+    assert message.endswith("name where it lies: --plugins FOLDER")
 
 
 @torch.no_grad()

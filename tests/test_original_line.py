@@ -236,6 +236,6 @@ def test_an_unknown_layout_is_described(tmp_path, like, names):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("whole", [32, 48, 96, 256, 384])
+@pytest.mark.parametrize("whole", [32, 49, 256, 384])  # 49 * (1 / 49) is below 1
 def test_every_width_is_its_ratio_of_the_whole(whole):
     assert [int(whole * ratio(part, whole)) for part in range(1, whole + 1)] == list(range(1, whole + 1))
