@@ -30,7 +30,8 @@ TIED = (  # heads that are known by several names
 REPEATED = (  # heads of positions that every decoder layer calls
     *("dab-detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deimv2-lite"),
 )
-TAUGHT_TWICE = (  # by several uses: in DETR by its auxiliary losses; two-stage detaches what others would teach
+# In DETR by auxiliary losses; two-stage Deformable-DETR detaches what its box heads would learn twice.
+TAUGHT_TWICE = (
     *("detr", "deformable_detr", "deformable_detr-box_refine", "dab-detr"),
     *("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deimv2-lite"),
 )
