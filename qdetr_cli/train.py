@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,16 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from qdetr_cli.compiled import compiled_kernels
 from qdetr_cli.data import Batch, ImageSet, collate
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.families import Family
-from qdetr_cli.losses import detection_loss
 from qdetr_cli.metrics import Metrics
-from qdetr_cli.one_to_many import AuxiliaryQueries
+from qdetr_cli.objective import Objective, clipped
 from qdetr_cli.oscillation import OscillationFreezer
 from qdetr_cli.plan import Plan
 from qdetr_cli.rates import parameter_groups
@@ -37,8 +35,6 @@ from qdetr_cli.schedule import (
 )
 from qdetr_cli.signals import Interrupted, stop_signals
 from qdetr_cli.stages import Stages
-from qdetr_cli.teacher import Teacher
-from qdetr_cli.terms import Lesson, weighted
 
 STATE = "state.pt"
 LOG_EVERY = 20  # steps between two lines of metrics.jsonl
@@ -109,14 +105,10 @@ class Trainer:
         self.model = _trainable(model.to(self.device), train)
         self.stages = Stages(self.model, plan, train.stages)
         self.average = None if train.ema is None else MovingAverage(self.model, train.ema)
-        torch.manual_seed(train.seed)  # what follows is drawn alike on every process
-        self.teacher: Teacher | None = None
-        if teacher is not None and distill.terms:
-            self.teacher = Teacher(teacher.to(self.device), model, family, same_origin=same_origin)
-        self.queries: AuxiliaryQueries | None = None
-        if train.one_to_many is not None:
-            self.queries = AuxiliaryQueries(model, family, train.one_to_many)
-        self.extras = _extras(self.teacher, self.queries).to(self.device)
+        torch.manual_seed(train.seed)  # what the objective draws is alike on every process
+        mentor = None if teacher is None else teacher.to(self.device)
+        self.objective = Objective(model, family, train, distill, teacher=mentor, same_origin=same_origin)
+        self.extras = self.objective.extras.to(self.device)
         self.oscillation = None if train.oscillation is None else OscillationFreezer(model, train.oscillation)
         groups = [*parameter_groups(self.model, family, train), *parameter_groups(self.extras, family, train)]
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups))
@@ -208,29 +200,10 @@ class Trainer:
         return {name: float(value) for name, value in totals.items()} | {"lr": self.train.lr * scale}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the detection loss and all terms of the recipe, and each unweighted."""
         try:
-            with self._listening() as call:
-                found = detection_loss(self.wrapped, self.family, batch, auxiliary=self.train.auxiliary)
+            return self.objective(self.wrapped, batch)
         except DivergedError as error:
             raise self._diverged(str(error)) from error
-        total, terms = found.total, found.terms
-        if self.train.terms:
-            lesson = Lesson(student=found.predictions, labels=batch.labels, softmax=self.family.softmax)
-            extra, values = weighted(self.train.terms, lesson, "train")
-            total, terms = total + extra, terms | values
-        if self.teacher is not None:
-            lesson = self.teacher.lesson(found.predictions, batch)
-            extra, values = weighted(self.distill.terms, lesson, "distill")
-            total, terms = total + extra, terms | values
-        if self.queries is not None:
-            many = self.queries.loss(self.model, call, batch.labels, auxiliary=self.train.auxiliary)
-            total, terms = total + self.queries.spec.weight * many, terms | {"one_to_many": many.detach()}
-        return total, terms
-
-    def _listening(self) -> AbstractContextManager[dict[str, Any]]:
-        """What the decoder is called with is kept, where auxiliary queries will call it again."""
-        return nullcontext({}) if self.queries is None else self.queries.listening(self.model)
 
     def _update(self) -> None:
         """Clip, step, hold oscillating weights, and move the average."""
@@ -239,11 +212,8 @@ class Trainer:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         self.accelerator.unscale_gradients()
         learned = [*self.wrapped.parameters(), *self.extras.parameters()]
-        gradients = [each.grad for each in learned if each.grad is not None]
-        norm = get_total_norm(gradients)
-        if self.train.precision != "fp16" and not math.isfinite(float(norm)):
-            norm = self._shrunk(gradients)
-        clip_grads_with_norm_(learned, self.train.clip or math.inf, norm)
+        if not clipped(learned, self.train.clip) and self.train.precision != "fp16":
+            raise self._diverged("the gradient is not finite", gradient=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
@@ -251,18 +221,6 @@ class Trainer:
             self.oscillation.update(self.position.step / self.total_steps)
         if self.average is not None:
             self.average.update(self.model)
-
-    def _shrunk(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of finite gradients whose squares are not: they are divided by the largest value first.
-
-        Untrained models of many layers have such: a layer norm of nearly equal features multiplies by 300.
-        """
-        largest = get_total_norm(gradients, norm_type=math.inf)
-        if not math.isfinite(float(largest)):
-            raise self._diverged("the gradient is not finite", gradient=True)
-        for gradient in gradients:
-            gradient.div_(largest)
-        return get_total_norm(gradients)
 
     def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         if not math.isfinite(loss.item()):
@@ -416,16 +374,6 @@ def _accelerator(train: Train, device: str) -> Accelerator:
     if train.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise RunError("train.precision: fp16 needs CUDA; use bf16 or float32 on a CPU")
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
-
-
-def _extras(teacher: Teacher | None, queries: AuxiliaryQueries | None) -> nn.ModuleDict:
-    """What is learned beside the model, and of no use after training."""
-    extras = nn.ModuleDict()
-    if teacher is not None and teacher.projections:
-        extras["projections"] = teacher.projections
-    if queries is not None:
-        extras["queries"] = queries
-    return extras
 
 
 def _trainable(model: nn.Module, train: Train) -> nn.Module:

@@ -18,7 +18,7 @@ LAYERS = (
     ("original", "fake_quant", "losses", "trace"),
     ("quantizers",),
     ("checkpoint", "layers", "plan", "attention", "support", "teacher", "one_to_many"),
-    ("capture", "classes", "oscillation"),
+    ("capture", "classes", "oscillation", "objective"),
     ("rewrite",),
     ("calibrate", "stages", "rates", "evaluate", "models"),
     ("train",),
