@@ -8,7 +8,7 @@ from torch import nn
 from qdetr_cli.alignment import DistributionAlignment
 from qdetr_cli.data import ImageSet, same_size_batches
 from qdetr_cli.errors import DataError
-from qdetr_cli.layers import QUANTIZED
+from qdetr_cli.layers import Quantized
 from qdetr_cli.quantizers import FakeQuantizer
 from qdetr_cli.recipe import Calibrate
 from qdetr_cli.rewrite import quantizers
@@ -33,7 +33,7 @@ def calibrate(
     if len(images) == 0:
         raise DataError("calibrate: the split holds no image")
     for module in model.modules():
-        if isinstance(module, QUANTIZED):
+        if isinstance(module, Quantized):
             module.calibrate_weight()
     inputs = {path: each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")}
     silent: list[str] = []

@@ -21,13 +21,13 @@ _state = {"on": False}
 
 
 @contextmanager
-def compiled_kernels(wanted: bool) -> Iterator[bool]:
+def compiled_kernels(wanted: bool, device: str = "cpu") -> Iterator[bool]:
     """For the duration of the block, fake quantization runs in compiled kernels, if `wanted` and possible.
 
-    Gives whether it does; where it cannot, a warning says why.
+    Gives whether it does; where `device` cannot, a warning says why.
     """
     before = _state["on"]
-    _state["on"] = wanted and _works()
+    _state["on"] = wanted and _works(device)
     try:
         yield _state["on"]
     finally:
@@ -40,9 +40,11 @@ def takes(x: Tensor) -> bool:
 
 
 @cache
-def _works() -> bool:
+def _works(device: str) -> bool:
     try:
-        round_to_grid(torch.zeros(4), torch.ones(1), torch.zeros(1), -8, 7)
+        x, one = torch.zeros(4, device=device), torch.ones(1, device=device)
+        round_to_grid(x, one, one, -8, 7)
+        gradients(x, x, one, one, -8, 7)
     except Exception as error:  # no compiler, one that fails, a platform without inductor
         reason = str(error).strip().splitlines()
         warnings.warn(

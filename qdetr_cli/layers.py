@@ -1,6 +1,6 @@
 """Linear and convolutions that quantize weight and input, sharing the parameters of what they replace."""
 
-from typing import TypeVar, cast
+from typing import Self, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,103 +9,84 @@ from qdetr_cli.errors import RecipeError
 from qdetr_cli.quantizers import FakeQuantizer, make_quantizer
 from qdetr_cli.recipe import QuantFormat
 
+FLOAT: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
-class QuantLinear(nn.Linear):
-    """nn.Linear on quantized weight (D_out, D_in) and input (.., D_in)."""
 
+class Quantized(nn.Module):
+    """Mixed into a layer of torch: its weight and its input pass a quantizer, where there is one."""
+
+    weight: Tensor
     weight_quantizer: FakeQuantizer | None
     input_quantizer: FakeQuantizer | None
 
     @classmethod
-    def from_float(
-        cls, module: nn.Linear, *, weight: QuantFormat | None, input: QuantFormat | None
-    ) -> "QuantLinear":
+    def from_float(cls, module: nn.Module, *, weight: QuantFormat | None, input: QuantFormat | None) -> Self:
         """Return the quantized layer of a float one: the same Parameters, not copies. None leaves a slot
         float.
 
         Raises RecipeError for a format that an integer kernel cannot use, and for a layer that computes
-        something else than nn.Linear.
+        something else than the torch layer that this class is.
         """
-        return _adopt(cls, nn.Linear, module, weight, input)
+        base = next(each for each in FLOAT if issubclass(cls, each))
+        _check_same_arithmetic(base, module)
+        layer = cls.__new__(cls)
+        for name, value in vars(module).items():
+            layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        axis = 1 if base is nn.ConvTranspose2d else 0  # of the output channels
+        layer.weight_quantizer = None if weight is None else _weight_quantizer(weight, layer.weight, axis)
+        layer.input_quantizer = None if input is None else _input_quantizer(input, layer.weight)
+        return layer.train(module.training)
 
     def calibrate_weight(self) -> None:
         """Set the weight's steps from the weight itself."""
-        _calibrate(self.weight_quantizer, self.weight)
+        if self.weight_quantizer is not None:
+            self.weight_quantizer.start_observing()
+            self.weight_quantizer.observe(self.weight)
+            self.weight_quantizer.finish_observing()
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input and the weight on their grids."""
+        return _quantized(self.input_quantizer, x), _quantized(self.weight_quantizer, self.weight)
+
+
+class QuantLinear(Quantized, nn.Linear):
+    """nn.Linear on quantized weight (D_out, D_in) and input (.., D_in)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (.., D_out)."""
-        return F.linear(_quantized(self.input_quantizer, input), _weight(self), self.bias)
+        return F.linear(*self.operands(input), self.bias)
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(Quantized, nn.Conv2d):
     """nn.Conv2d on quantized weight (D_out, D_in / groups, h, w) and input (B, D_in, H, W).
 
     Padding comes after quantization: zeros are exact, since 0 lies on a deployable grid.
     """
 
-    weight_quantizer: FakeQuantizer | None
-    input_quantizer: FakeQuantizer | None
-
-    @classmethod
-    def from_float(
-        cls, module: nn.Conv2d, *, weight: QuantFormat | None, input: QuantFormat | None
-    ) -> "QuantConv2d":
-        """Return the quantized layer of a float one: the same Parameters, not copies. None leaves a slot
-        float.
-
-        Raises RecipeError for a format that an integer kernel cannot use, and for a layer that computes
-        something else than nn.Conv2d.
-        """
-        return _adopt(cls, nn.Conv2d, module, weight, input)
-
-    def calibrate_weight(self) -> None:
-        """Set the weight's steps from the weight itself."""
-        _calibrate(self.weight_quantizer, self.weight)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return (B, D_out, H', W')."""
-        x = _quantized(self.input_quantizer, input)
-        y: Tensor = self._conv_forward(x, _weight(self), self.bias)
+        y: Tensor = self._conv_forward(*self.operands(input), self.bias)
         return y
 
 
-class QuantConvTranspose2d(nn.ConvTranspose2d):
+class QuantConvTranspose2d(Quantized, nn.ConvTranspose2d):
     """nn.ConvTranspose2d on quantized weight (D_in, D_out / groups, h, w) and input (B, D_in, H, W)."""
-
-    weight_quantizer: FakeQuantizer | None
-    input_quantizer: FakeQuantizer | None
-
-    @classmethod
-    def from_float(
-        cls, module: nn.ConvTranspose2d, *, weight: QuantFormat | None, input: QuantFormat | None
-    ) -> "QuantConvTranspose2d":
-        """Return the quantized layer of a float one: the same Parameters, not copies. None leaves a slot
-        float.
-
-        Raises RecipeError for a format that an integer kernel cannot use, and for a layer that computes
-        something else than nn.ConvTranspose2d.
-        """
-        return _adopt(cls, nn.ConvTranspose2d, module, weight, input)
-
-    def calibrate_weight(self) -> None:
-        """Set the weight's steps from the weight itself."""
-        _calibrate(self.weight_quantizer, self.weight)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return (B, D_out, H', W')."""
         if output_size is not None:
             raise RecipeError("a transposed convolution that is given its output size stays float")
-        x = _quantized(self.input_quantizer, input)
-        return self._conv_transpose(x, _weight(self))
-
-    def _conv_transpose(self, x: Tensor, weight: Tensor) -> Tensor:
         padding = cast(tuple[int, ...], self.padding)  # torch refuses names here
         options = (self.stride, padding, self.output_padding, self.groups, self.dilation)
+        x, weight = self.operands(input)
         return F.conv_transpose2d(x, weight, self.bias, *options)
 
 
-QUANTIZED = (QuantLinear, QuantConv2d, QuantConvTranspose2d)
-Layer = TypeVar("Layer", QuantLinear, QuantConv2d, QuantConvTranspose2d)
+def quantized_layer(module: nn.Module, *, weight: QuantFormat | None, input: QuantFormat | None) -> Quantized:
+    """Return what stands for a Linear, Conv2d or ConvTranspose2d; see `Quantized.from_float`."""
+    kinds: tuple[type[Quantized], ...] = (QuantLinear, QuantConv2d, QuantConvTranspose2d)
+    chosen = next(kind for kind, base in zip(kinds, FLOAT, strict=True) if isinstance(module, base))
+    return chosen.from_float(module, weight=weight, input=input)
 
 
 def _quantized(quantizer: FakeQuantizer | None, x: Tensor) -> Tensor:
@@ -113,28 +94,6 @@ def _quantized(quantizer: FakeQuantizer | None, x: Tensor) -> Tensor:
         return x
     y: Tensor = quantizer(x)
     return y
-
-
-def _weight(layer: QuantLinear | QuantConv2d | QuantConvTranspose2d) -> Tensor:
-    return _quantized(layer.weight_quantizer, layer.weight)
-
-
-def _adopt(
-    cls: type[Layer],
-    base: type[nn.Module],
-    module: nn.Module,
-    weight: QuantFormat | None,
-    input: QuantFormat | None,
-) -> Layer:
-    """Return a `cls` with the attributes, parameters and hooks of `module`, and its two quantizers."""
-    _check_same_arithmetic(base, module)
-    layer = cls.__new__(cls)
-    for name, value in vars(module).items():
-        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    axis = 1 if base is nn.ConvTranspose2d else 0  # of the output channels
-    layer.weight_quantizer = None if weight is None else _weight_quantizer(weight, layer.weight, axis)
-    layer.input_quantizer = None if input is None else _input_quantizer(input, layer.weight)
-    return layer.train(module.training)
 
 
 def _check_same_arithmetic(base: type[nn.Module], module: nn.Module) -> None:
@@ -165,10 +124,3 @@ def _input_quantizer(format: QuantFormat, weight: Tensor) -> FakeQuantizer:
 def _check_per_tensor(format: QuantFormat, slot: str, valid: str) -> None:
     if format.per != "tensor":
         raise RecipeError(f"{slot}: per: {format.per} cannot be deployed here; valid: {valid}")
-
-
-def _calibrate(quantizer: FakeQuantizer | None, weight: Tensor) -> None:
-    if quantizer is not None:
-        quantizer.start_observing()
-        quantizer.observe(weight)
-        quantizer.finish_observing()

@@ -26,7 +26,8 @@ SPREAD = 0.1  # noise on the copied query embeddings, in units of their own stan
 class AuxiliaryQueries(nn.Module):
     """Learned query embeddings (Q, D) that begin near the model's own, and their loss.
 
-    Raises RecipeError for families whose queries are no learned embedding.
+    Raises RecipeError for families whose queries are no learned embedding, and for checkpoints that were
+    trained with transformers' own auxiliary losses.
     """
 
     def __init__(self, model: Any, family: Family, spec: OneToMany) -> None:
@@ -35,6 +36,11 @@ class AuxiliaryQueries(nn.Module):
             raise RecipeError(
                 f"train.one_to_many: {family.name} has no learned query embedding that could be doubled; "
                 "drop the key"
+            )
+        if family.auxiliary_changes_predictions and model.config.auxiliary_loss:
+            raise RecipeError(
+                "train.one_to_many: this checkpoint's decoder feeds on normed states (config.auxiliary_loss "
+                "is true), which the auxiliary queries would not; drop the key"
             )
         self.argument, self.spec = family.query_argument, spec
         own = model.model.query_position_embeddings.weight.detach()

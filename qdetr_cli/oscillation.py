@@ -10,22 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdetr_cli.layers import QuantConv2d, QuantLinear
+from qdetr_cli.errors import RecipeError
+from qdetr_cli.layers import Quantized
 from qdetr_cli.recipe import Oscillation
 
 
 class OscillationFreezer:
-    """Watches the weights of few bits after every step, and holds those that oscillate at their mean."""
+    """Watches the weights of few bits after every step, and holds those that oscillate at their mean.
+
+    Raises RecipeError where the model has no weight of so few bits.
+    """
 
     def __init__(self, model: nn.Module, spec: Oscillation) -> None:
         self.spec = spec
         self.layers = {
             path: layer
             for path, layer in model.named_modules()
-            if isinstance(layer, QuantConv2d | QuantLinear)
+            if isinstance(layer, Quantized)
             and layer.weight_quantizer is not None
             and layer.weight_quantizer.format.bits <= spec.bits
         }
+        if not self.layers:
+            raise RecipeError(
+                f"train.oscillation: this recipe gives no weight {spec.bits} bits or fewer, so nothing could "
+                "be frozen; raise train.oscillation.bits or drop the section"
+            )
         self.tracks = {path: _Track(_integers(layer)) for path, layer in self.layers.items()}
 
     @torch.no_grad()

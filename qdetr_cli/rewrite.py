@@ -13,17 +13,11 @@ from qdetr_cli.alignment import DistributionAlignment
 from qdetr_cli.attention import QuantAttention, QuantDeformable, subclass
 from qdetr_cli.capture import Graphs, capture_all, compiled, with_quantizers
 from qdetr_cli.fold import fold_batch_norms
-from qdetr_cli.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from qdetr_cli.layers import quantized_layer
 from qdetr_cli.plan import ModulePlan, Plan
 from qdetr_cli.quantizers import FakeQuantizer, make_quantizer
 from qdetr_cli.recipe import OP_SLOTS, QuantFormat
 from qdetr_cli.trace import AttentionFacts, GraphFacts
-
-_QUANTIZED: dict[type[nn.Module], Any] = {
-    nn.Linear: QuantLinear,
-    nn.Conv2d: QuantConv2d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
-}
 
 
 def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts) -> None:
@@ -71,8 +65,7 @@ def _formats(module: ModulePlan) -> dict[str, QuantFormat]:
 def _swap_layer(model: nn.Module, module: ModulePlan) -> None:
     """Put the quantized layer in the place of the float one, under each of its names."""
     layer, formats = model.get_submodule(module.path), _formats(module)
-    kind = next(quantized for base, quantized in _QUANTIZED.items() if isinstance(layer, base))
-    quantized = kind.from_float(layer, weight=formats.get("weight"), input=formats.get("input"))
+    quantized = quantized_layer(layer, weight=formats.get("weight"), input=formats.get("input"))
     for path in (module.path, *module.aliases):
         model.set_submodule(path, quantized)
 

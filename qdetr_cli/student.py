@@ -157,5 +157,6 @@ def calibrated(model: Model, data: DetectionData, where: torch.device, listener:
     with listener.progress("calibrate", passes(model.module) * min(spec.images, len(images))) as advance:
         silent = calibrate(model.module, images, spec, device=where, advance=advance)
     for path in silent:
-        listener.say(f"warning: {path} saw no value in calibration and keeps the smallest step")
+        kept = "stays off" if path.endswith("_alignment") else "keeps the smallest step"
+        listener.say(f"warning: {path} saw no value in calibration and {kept}")
     return silent

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Lesson:
 
 
 LossTerm = Callable[..., Tensor]
+Layers = Literal["last", "all"]  # decoder layers whose features are compared
 
 
 def weighted(terms: dict[str, Term], lesson: Lesson, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,7 +69,7 @@ def weighted(terms: dict[str, Term], lesson: Lesson, prefix: str) -> tuple[Tenso
 
 
 def check_terms(terms: dict[str, Term], where: str) -> None:
-    """Raise PluginError for an unknown term, RecipeError for an option that it does not have."""
+    """Raise PluginError for an unknown term, RecipeError for an option that it lacks or cannot take."""
     for name, term in terms.items():
         parameters = list(signature(plugins.get("loss", name)).parameters.values())[1:]
         takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in parameters)
@@ -78,6 +79,25 @@ def check_terms(terms: dict[str, Term], where: str) -> None:
             raise RecipeError(
                 f"{where}.{name}: has no option {', '.join(unknown)}; options: {', '.join(known) or 'none'}"
             )
+        hints = {each.name: each.annotation for each in parameters}
+        for option, value in term.options.items():
+            if not _fits(value, hints.get(option)):
+                raise RecipeError(f"{where}.{name}.{option}: {value} is not {_kind(hints[option])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether an option's value is what the term says it takes; what it does not say is its own affair."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str) else True
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}[hint]
 
 
 @plugins.register("loss", "logits")
@@ -112,7 +132,7 @@ def boxes_term(lesson: Lesson) -> Tensor:
 
 @plugins.register("loss", "foreground_queries")
 def foreground_queries_term(
-    lesson: Lesson, *, tau: float = TAU, overlap: float = 2.0, distance: float = 5.0, layers: str = "last"
+    lesson: Lesson, *, tau: float = TAU, overlap: float = 2.0, distance: float = 5.0, layers: Layers = "last"
 ) -> Tensor:
     """Q-DETR's distillation loss: mean over kept pairs of ||D_teacher - D_student||_2, a scalar.
 
@@ -131,7 +151,7 @@ def foreground_queries_term(
 
 
 @plugins.register("loss", "co_attended")
-def co_attended_term(lesson: Lesson, *, layers: str = "all") -> Tensor:
+def co_attended_term(lesson: Lesson, *, layers: Layers = "all") -> Tensor:
     """Squared error of co-attended features over their size, weighted by the teacher's confidence; a scalar.
 
     Pairs are the lesson's: query i with query i where student and teacher share their queries, so that no

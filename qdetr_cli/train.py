@@ -140,7 +140,7 @@ class Trainer:
         else:
             torch.manual_seed(self.train.seed + self.accelerator.process_index)  # dropout, denoising
         last: Metrics | None = None
-        with stop_signals() as stop, compiled_kernels(self._compiles()):
+        with stop_signals() as stop, compiled_kernels(self._compiles(), self.device.type):
             if self.position.evaluated < self.position.step and self._evaluation_is_due():
                 last = self._evaluate()  # the run was stopped at the end of an epoch
             while self.position.step < self.total_steps:

@@ -12,7 +12,7 @@ from qdetr_cli.attention import QuantAttention
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.families import family_of
 from qdetr_cli.fold import fold_batch_norms
-from qdetr_cli.layers import QUANTIZED
+from qdetr_cli.layers import Quantized
 from qdetr_cli.plan import make_plan
 from qdetr_cli.quantizers import FakeQuantizer
 from qdetr_cli.recipe import OP_SLOTS, ROLES, recipe_from_dict
@@ -99,7 +99,7 @@ def tensors(name: str, value):
 
 def calibrated(model: nn.Module, given: dict) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, QUANTIZED):
+        if isinstance(module, Quantized):
             module.calibrate_weight()
     watched = [each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")]
     for each in watched:
@@ -207,7 +207,7 @@ def check_the_plan_says_it_all(name: str) -> None:
     planned = {path: module for module in plan.modules for path in (module.path, *module.aliases)}
     for path, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, LAYERS):
-            assert isinstance(layer, QUANTIZED) != bool(planned[path].reason), path
+            assert isinstance(layer, Quantized) != bool(planned[path].reason), path
             assert layer.weight is model.get_submodule(planned[path].path).weight, path
     assert {module.role for module in plan.modules} <= set(ROLES)
     reasons = {module.path: module.reason for module in plan.modules if module.reason}

@@ -17,7 +17,7 @@ from qdetr_cli.checkpoint import Detector, load_config_model, load_float
 from qdetr_cli.errors import CheckpointError
 from qdetr_cli.families import role_of
 from qdetr_cli.fold import BATCH_NORMS, fold_batch_norms
-from qdetr_cli.layers import QuantConv2d, QuantLinear
+from qdetr_cli.layers import QuantConv2d, Quantized
 from qdetr_cli.manifest import Manifest, load_weights, save_checkpoint
 from qdetr_cli.models import Source, open_model
 from qdetr_cli.plan import Plan, make_plan
@@ -309,7 +309,7 @@ def trained(name: str) -> nn.Module:
     model = copy.deepcopy(model)
     set_enabled(model, None, True)
     for module in model.modules():
-        if isinstance(module, QuantLinear | QuantConv2d):
+        if isinstance(module, Quantized):
             module.calibrate_weight()
     watched = [q for path, q in quantizers(model).items() if not path.endswith("weight_quantizer")]
     for quantizer in watched:

@@ -138,6 +138,13 @@ def test_families_without_learned_query_embeddings_refuse(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_decoders_that_feed_on_normed_states_refuse(name):
+    model = load_config_model(tiny_config(name) | {"auxiliary_loss": True}, None).model
+    with pytest.raises(RecipeError, match=r"auxiliary_loss is true.*drop the key"):
+        AuxiliaryQueries(model, family_of(model), OneToMany())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_argument_is_the_one_that_the_decoder_is_called_with(name):
     model = load_config_model(tiny_config(name), None).model.eval()
     made = AuxiliaryQueries(model, family_of(model), OneToMany())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from qdetr_cli.errors import RecipeError
 from qdetr_cli.layers import QuantLinear
 from qdetr_cli.oscillation import OscillationFreezer
 from qdetr_cli.recipe import Oscillation, QuantFormat
@@ -160,7 +161,11 @@ def test_only_weights_of_few_bits_are_watched():
     model = nn.Sequential(layer([0.0]), layer([0.0], four), layer([0.0], None), nn.Linear(1, 1))
     assert list(OscillationFreezer(model, Oscillation(bits=3)).layers) == ["0.0"]
     assert list(OscillationFreezer(model, Oscillation(bits=4)).layers) == ["0.0", "1.0"]
-    assert OscillationFreezer(model, Oscillation(bits=2)).frozen == 0.0
+
+
+def test_watching_nothing_is_an_error():
+    with pytest.raises(RecipeError, match=r"train\.oscillation: this recipe gives no weight 2 bits or fewer"):
+        OscillationFreezer(layer([0.1, 0.2]), Oscillation(bits=2))
 
 
 def test_a_weight_that_is_not_quantized_yet_is_left_alone():

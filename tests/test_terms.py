@@ -476,3 +476,18 @@ def test_terms_are_weighed_and_told_unweighted():
     expected = 0.5 * values["distill_logits"] + 2.0 * values["distill_foreground_queries"]
     torch.testing.assert_close(total, expected)
     assert not any(value.requires_grad for value in values.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": "much"}, r"foreground_queries\.tau: much is not a number"),
+        ({"overlap": True}, r"foreground_queries\.overlap: True is not a number"),
+        ({"layers": "first"}, r"foreground_queries\.layers: first is not one of last, all"),
+    ],
+    ids=str,
+)
+def test_an_option_that_a_term_cannot_take_is_named_before_training(options, message):
+    with pytest.raises(RecipeError, match=message):
+        check_terms({"foreground_queries": Term(options=options)}, "distill.terms")
+    check_terms({"foreground_queries": Term(options={"tau": 1, "layers": "last"})}, "distill.terms")
