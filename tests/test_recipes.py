@@ -120,9 +120,9 @@ def test_formats_are_what_an_integer_matmul_can_use(family: str) -> None:
     assert seen == {
         ("weight", "channel", True, False),
         ("input", "tensor", False, False),
-        ("q", "head", False, False),
-        ("k", "head", False, False),
-        ("v", "head", False, False),
+        ("q", "head", True, False),
+        ("k", "head", True, False),
+        ("v", "head", True, False),
         ("probs", "head", True, True),
     }
 
