@@ -16,6 +16,7 @@ from qdetr_cli.families import Family, role_of
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "output_proj")  # as transformers names them
 MEMORY = "encoder_hidden_states"  # the decoder's argument
+MASKS = ("encoder_attention_mask", "memory_key_padding_mask")  # beside it: False for tokens of padding
 
 
 class Features:
@@ -24,6 +25,7 @@ class Features:
     def __init__(self) -> None:
         self.layers: dict[str, Tensor] = {}  # cross-attention's path -> (B, Q, D)
         self.memory: Tensor | None = None  # (B, L, D), None where nothing like it exists
+        self.memory_mask: Tensor | None = None  # bool (B, L), False for padding; None: there is none
 
     @property
     def co_attended(self) -> tuple[Tensor, ...]:
@@ -74,5 +76,7 @@ def _keep_memory(features: Features) -> Any:
     def keep(module: nn.Module, inputs: Any, given: dict[str, Any]) -> None:
         memory = given.get(MEMORY)
         features.memory = memory if isinstance(memory, torch.Tensor) else None
+        masks = [given[name] for name in MASKS if isinstance(given.get(name), torch.Tensor)]
+        features.memory_mask = masks[0].bool() if masks else None
 
     return keep

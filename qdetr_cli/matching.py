@@ -22,13 +22,14 @@ class Predictions:
     """What a detector says of a batch: logits (B, Q, C) and boxes (B, Q, 4), cxcywh in 0..1.
 
     Where they were recorded (see `features`): the co-attended features of each decoder layer, (B, Q, D), and
-    the memory that the decoder reads, (B, L, D).
+    the memory that the decoder reads, (B, L, D), with its mask, bool (B, L): False for padding.
     """
 
     logits: Tensor
     boxes: Tensor
     co_attended: tuple[Tensor, ...] = ()
     memory: Tensor | None = None
+    memory_mask: Tensor | None = None  # None: nothing is padding
 
     def take(self, pairs: Tensor) -> "Predictions":
         """The predictions reordered so that row q holds query `pairs[b, q]`; pairs is int64 (B, Q)."""

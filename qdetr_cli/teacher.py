@@ -53,6 +53,7 @@ class Teacher:
             boxes=student.boxes,
             co_attended=tuple(wider["co_attended"](each) for each in student.co_attended),
             memory=None if student.memory is None else wider["memory"](student.memory),
+            memory_mask=student.memory_mask,
         )
 
 

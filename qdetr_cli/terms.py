@@ -167,7 +167,10 @@ def co_attended_term(lesson: Lesson, *, layers: Layers = "all") -> Tensor:
 
 @plugins.register("loss", "memory")
 def memory_term(lesson: Lesson) -> Tensor:
-    """Squared error of the encoder's memory over its size, a scalar. Both models see the same pixels."""
+    """Squared error of the encoder's memory over its size, a scalar; padding does not count.
+
+    Both models see the same pixels.
+    """
     mine, theirs = lesson.student.memory, lesson.teacher.memory
     if mine is None or theirs is None:
         raise RecipeError(
@@ -178,7 +181,9 @@ def memory_term(lesson: Lesson) -> Tensor:
             f"distill.terms.memory: the student's memory has {mine.shape[1]} tokens and the teacher's "
             f"{theirs.shape[1]}; drop the term, or choose a teacher with the same strides"
         )
-    return _relative_error(mine, theirs, mine.new_ones(mine.shape[:2], dtype=torch.float32))
+    mask = lesson.teacher.memory_mask
+    seen = torch.ones(mine.shape[:2], dtype=torch.bool, device=mine.device) if mask is None else mask
+    return _relative_error(mine, theirs, seen.float())
 
 
 @plugins.register("loss", "iou_aware")

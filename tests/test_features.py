@@ -85,6 +85,21 @@ def test_float_and_fake_quant_models_give_the_same(name):
         assert torch.equal(got.memory, expected.memory)
 
 
+@pytest.mark.parametrize(
+    "name", ["detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer"]
+)
+def test_tokens_of_padding_are_masked(name):
+    """A token whose cell lies in the padding alone is False; pixels decide, at the stride of each level."""
+    model, given = float_model(name), inputs("mask")
+    mask = watched(model, given).memory_mask
+    assert mask is not None
+    given["pixel_mask"] = torch.ones_like(given["pixel_mask"])
+    given["pixel_mask"][:, :, given["pixel_mask"].shape[2] // 2 :] = 0
+    half = watched(model, given).memory_mask
+    assert half.shape == mask.shape
+    assert 0.4 <= half.float().mean() <= 0.6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_come_first_to_last(name):
     model = float_model(name)

@@ -294,6 +294,17 @@ def test_memory_by_hand():
     assert float(memory_term(given)) == pytest.approx((4 + 8) / (1 + 8))
 
 
+def test_padding_in_memory_does_not_count():
+    student = replace(said(1), memory=torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]))
+    mentor = replace(
+        said(1),
+        memory=torch.tensor([[[1.0, 0.0], [2.0, 2.0]]]),
+        memory_mask=torch.tensor([[True, False]]),
+    )
+    given = Lesson(student=student, labels=[], softmax=True, mentor=mentor)
+    assert float(memory_term(given)) == pytest.approx(4 / 1)
+
+
 @BOTH
 @pytest.mark.parametrize("name", ["logits", "boxes", "co_attended"])
 def test_weights_are_the_teachers_confidence(name, softmax):
