@@ -1,6 +1,7 @@
 """The ablation table of Q-DETR on any detector and data: rows of methods, columns of bits, several seeds.
 
     python -m benchmarks.ablation runs/ablation                       (the embedded detector and digit scenes)
+    python -m benchmarks.ablation runs/short --set train.steps=500 --results benchmarks/results/short
     python -m benchmarks.ablation runs/voc --model MODEL --data VOC --rows baseline best --bits 4-4-8
     python -m benchmarks.ablation runs/ablation --ladder              (figure 2.11: fine-tuned at each rung)
 
@@ -38,7 +39,14 @@ COLUMNS = ("model", "bits", "row", "seed", "ap50_voc_area_float", "ap50_voc_area
 MORE = ("ap_float", "ap", "steps", "seconds", "commit", "settings")
 TRAIN_IMAGES, VAL_IMAGES = 24_000, 2_000
 # A small detector and minutes instead of a large one and days; --set goes over it.
-SCHEDULE = (*SETTINGS, "train.lr=1.0e-3", "train.backbone_lr=1.0e-3")
+SCHEDULE = (
+    *SETTINGS,
+    "train.steps=4000",
+    "train.batch_size=16",
+    "train.lr=1.0e-3",
+    "train.backbone_lr=1.0e-3",
+    "train.warmup_steps=50",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

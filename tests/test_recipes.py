@@ -26,7 +26,7 @@ from qdetr_cli.trace import GraphFacts, trace
 
 PAPER = ("qdetr_w2a2", "qdetr_w3a3", "qdetr_w4a4")
 NAMES = ("fig2_11", "float", *PAPER, "w2a2", "w3a3", "w4a4", "w4a4_attn4", "w8a8")
-FRAGMENTS = ("_base", "_qdetr")
+FRAGMENTS = ("_base", "_best", "_qdetr")
 BITS = {  # weights, activations, attention
     "fig2_11": (4, 4, 8),
     "qdetr_w2a2": (2, 2, 8),
