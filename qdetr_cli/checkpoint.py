@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,13 +15,23 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qdetr_cli.backbones import lost_activations, open_attention, refuse_channels_last
+from qdetr_cli.budget import Budget, budget_of
 from qdetr_cli.configs import build_config
 from qdetr_cli.errors import CheckpointError
 from qdetr_cli.families import Family, family_of, role_of
-from qdetr_cli.folders import PROCESSOR_FILE, first_line, quiet, read_hub, read_local, snapshot
+from qdetr_cli.folders import (
+    PROCESSOR_FILE,
+    first_line,
+    quiet,
+    read_hub,
+    read_json_file,
+    read_local,
+    snapshot,
+)
 from qdetr_cli.manifest import (
     HARMLESS,
     MANIFEST,
+    WEIGHTS,
     Manifest,
     differences,
     is_qdetr_folder,
@@ -82,10 +93,24 @@ def load_float(source: str | Path, **settings: Unpack[Settings]) -> Detector:
     )
 
 
-def load_config_model(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Detector:
-    """A detector of this structure with random weights: `config` and `processor` as in a Manifest."""
+def load_config_model(
+    config: Mapping[str, Any], processor: Mapping[str, Any] | None, budget: Budget | None = None
+) -> Detector:
+    """A detector of this structure with random weights: `config` and `processor` as in a Manifest.
+
+    Raises CheckpointError for a config of which nothing can be built, or more than the budget allows.
+    """
     built = build_config(config)
-    return _detector(_build(built), processor, source="config")
+    try:
+        with nullcontext() if budget is None else budget.kept():
+            model = _build(built)
+    except CheckpointError:
+        raise
+    except Exception as error:  # with values that make no sense torch and transformers raise many types
+        raise CheckpointError(
+            f"config.json: no {built.model_type} can be built from it: {first_line(error)}"
+        ) from error
+    return _detector(model, processor, source="config")
 
 
 def model_config(detector: Detector) -> dict[str, Any]:
@@ -121,8 +146,9 @@ def with_classes(detector: Detector, class_names: Sequence[str]) -> Detector:
 def _load_pretrained(source: str, *, local: bool) -> Detector:
     content, processor = read_local(Path(source)) if local else read_hub(source)
     config = build_config(content)
+    budget = _check_files(Path(source)) if local else None
     try:
-        with quiet():
+        with quiet(), nullcontext() if budget is None else budget.kept():
             model, info = family_of(config).kind.from_pretrained(
                 source,
                 config=config,
@@ -133,24 +159,43 @@ def _load_pretrained(source: str, *, local: bool) -> Detector:
                 ignore_mismatched_sizes=True,  # listed below, and refused
             )
             restore_tied(model, Path(source) if local else snapshot(source))
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers, safetensors, torch and pickle raise many types here
         raise CheckpointError(f"{source}: the weights cannot be read: {first_line(error)}") from error
     _refuse_differences(source, info)
     return _detector(model, processor, source=source)
 
 
+def _check_files(folder: Path) -> Budget:
+    """What the weights of a Hugging Face folder can fill. CheckpointError for files that lie elsewhere."""
+    for index in folder.glob("*.index.json"):
+        content = read_json_file(index) or {}
+        names = content.get("weight_map", {})
+        if not isinstance(names, dict) or not all(_plain(name) for name in names.values()):
+            raise CheckpointError(f"{index}: weight_map names what is no file of this folder")
+    files = [path for suffix in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{suffix}"))]
+    return budget_of(files, str(folder))
+
+
+def _plain(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
+
+
 def _load_qdetr(folder: Path) -> Detector:
     manifest = read_manifest(folder)
     if manifest.kind != "float":
         raise CheckpointError(f"{folder}: is a {manifest.kind} checkpoint; a float model is wanted here")
-    detector = load_config_model(manifest.config, manifest.processor)
+    budget = budget_of([folder / WEIGHTS], str(folder))
+    detector = load_config_model(manifest.config, manifest.processor, budget)
     load_weights(folder, detector.model)
     return replace(detector, class_names=manifest.class_names, source=str(folder))
 
 
 def _load_original(path: Path, settings: Settings) -> Detector:
     found = read_original(path, **settings)
-    built = load_config_model(found.config, found.processor)
+    budget = Budget(values=path.stat().st_size, tensors=len(found.state), where=str(path))
+    built = load_config_model(found.config, found.processor, budget)
     faults = differences(found.state, built.model.state_dict())
     if faults:
         raise CheckpointError(
@@ -176,7 +221,12 @@ def _detector(model: Any, processor: Mapping[str, Any] | None, source: str) -> D
 
 def _pixels(family: Family, config: Any) -> Processor:
     """How images are prepared for a checkpoint that does not say it: sides are what the model can divide."""
-    step, side = family.divisible(config), family.square(config)
+    try:
+        step, side = int(family.divisible(config)), family.square(config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"config.json: says no sides of images that can be divided ({error})"
+        ) from error
     pixels = replace(family.processor, divisor=math.lcm(family.processor.divisor, step))
     if side is None:
         return pixels

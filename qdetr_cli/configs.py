@@ -5,6 +5,7 @@ transformers 5 wants an explicit `backbone_config`; given the name, it looks the
 crashes on `backbone_kwargs: null`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,16 +39,17 @@ def build_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     Raises CheckpointError for an unknown `model_type` and for values that the family's config refuses.
     """
     family = family_of(str(config.get("model_type")))
-    repaired = repair(config)
     try:
-        return family.kind.config_class.from_dict(repaired)
+        return family.kind.config_class.from_dict(repair(config))
+    except CheckpointError:
+        raise
     except Exception as error:  # the config classes raise many types; all mean that the file is not theirs
         raise CheckpointError(f"config.json: transformers refuses it for {family.name}: {error}") from error
 
 
 def repair(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `config` with an explicit `backbone_config`, without dtype and remote code."""
-    repaired = {key: value for key, value in config.items() if key not in NOT_STRUCTURE}
+    repaired = _structure(config)
     old = {key: repaired.pop(key) for key in DROPPED if key in repaired}
     explicit = repaired.get("backbone_config")
     if explicit:
@@ -64,10 +66,26 @@ def _without_download(backbone: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"config.json: transformers has no backbone_config.model_type {backbone.get('model_type')!r}"
         )
-    repaired = {key: value for key, value in backbone.items() if key not in NOT_STRUCTURE}
+    repaired = _structure(backbone)
     if repaired["model_type"] == "timm_backbone":
+        _check_name(repaired.get("backbone"))
         repaired["use_pretrained_backbone"] = False
     return repaired
+
+
+def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What describes the network. `_attn_implementation` and its like are left out: they may name code."""
+    return {
+        key: _structure(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in NOT_STRUCTURE and not key.startswith("_")
+    }
+
+
+def _check_name(name: object) -> None:
+    """Raise CheckpointError for what is no name of a timm network: `hf-hub:owner/name` would be fetched."""
+    if not isinstance(name, str) or re.fullmatch(r"[\w.-]+", name) is None:
+        raise CheckpointError(f"config.json: backbone {name!r} is no name of a timm network")
 
 
 def _named_backbone(old: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +122,7 @@ def timm_backbone(
     name: str, *, out_indices: list[int], output_stride: int | None = None, num_channels: int = 3
 ) -> dict[str, Any]:
     """The `backbone_config` of a timm network that is built with random weights, nothing downloaded."""
+    _check_name(name)
     config = {
         "model_type": "timm_backbone",
         "backbone": name,

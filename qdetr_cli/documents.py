@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `report` answers without torch
+    from qdetr_cli.benchmark.turns import Timing
     from qdetr_cli.demo import Demo
     from qdetr_cli.evaluate import Rung
-    from qdetr_cli.results import Evaluated, Inspection, PredictedImage
+    from qdetr_cli.export.kernels import Kernels
+    from qdetr_cli.results import Benchmarked, Evaluated, Exported, Inspection, PredictedImage
+    from qdetr_cli.storage import Storage
 
 
 def evaluation_dict(result: Evaluated) -> dict[str, Any]:
@@ -92,6 +96,8 @@ def inspection_dict(found: Inspection) -> dict[str, Any]:
         ],
         "notes": list(facts.notes),
     }
+    if found.storage is not None:
+        body["storage"] = storage_dict(found.storage)
     if found.plan is not None:
         body |= {
             "plan": found.plan.to_dict(),
@@ -99,3 +105,83 @@ def inspection_dict(found: Inspection) -> dict[str, Any]:
             "totals": found.plan.totals(found.parameters),
         }
     return body
+
+
+def storage_dict(storage: Storage) -> dict[str, Any]:
+    """What is stored in how many bits. Sizes are in bytes."""
+    return {
+        "files": dict(storage.files),
+        "bytes": storage.bytes,
+        "float_bytes": storage.float_bytes,
+        "stored": [asdict(row) for row in storage.rows],
+    }
+
+
+def export_dict(result: Exported) -> dict[str, Any]:
+    """What `qdetr export --json` gives. Sizes are in MB of 10^6 bytes."""
+    return {
+        "to": result.to,
+        "files": [str(path) for path in result.files],
+        "quantized": result.quantized,
+        "size": None if result.size is None else list(result.size),
+        "size_mb": _mega(result.bytes),
+        "float_size_mb": _mega(result.float_bytes),
+        "kernels": None if result.kernels is None else kernels_dict(result.kernels),
+        "parity": None if result.parity is None else result.parity.to_dict(),
+        "metrics": {name: metrics.to_dict() for name, metrics in result.metrics.items()},
+        "seconds": round(result.seconds, 1),
+        "versions": result.versions,
+    }
+
+
+def kernels_dict(kernels: Kernels) -> dict[str, Any]:
+    """Of each kind how many operations run on integer kernels, and the names of those that do not."""
+    kinds = {kind: kernels.count(kind) for kind in kernels.kinds()}
+    return {
+        "runtime": kernels.runtime,
+        **{kind: {"integer": integer, "all": every} for kind, (integer, every) in kinds.items()},
+        "float": [{"name": each.name, "kind": each.kind, "kernel": each.kernel} for each in kernels.floats()],
+    }
+
+
+def benchmark_dict(result: Benchmarked) -> dict[str, Any]:
+    """What `qdetr benchmark --json` gives. Latencies are of one batch, in ms; sizes in MB of 10^6 bytes."""
+    rows = zip(result.timings, result.references, strict=True)
+    return {
+        "size": list(result.size),
+        "batch": result.batch,
+        "threads": result.threads,
+        "runs": result.runs,
+        "machine": result.machine,
+        "busy": result.busy,
+        "candidates": [_timing_dict(timing, reference) for timing, reference in rows],
+    }
+
+
+def _timing_dict(timing: Timing, reference: Timing | None) -> dict[str, Any]:
+    own = timing.candidate
+    return {
+        "name": own.name,
+        "origin": own.origin,
+        "runtime": own.job.runtime,
+        "version": timing.version,
+        "quantized": own.quantized,
+        "latency_ms": {"median": _milli(timing.median), "p90": _milli(timing.p90)},
+        "cpu_ms": {"median": _milli(timing.cpu_median)},
+        "images_per_second": round(timing.images_per_second, 3),
+        "peak_memory_mb": round(timing.peak_memory_mb, 1),
+        "memory_before_loading_mb": round(timing.memory_before_mb, 1),
+        "load_seconds": round(timing.load_seconds, 3),
+        "size_mb": _mega(own.size_bytes),
+        "float": None if reference is None else reference.candidate.name,
+        "speedup": None if reference is None else round(timing.speedup(reference), 3),
+        "runs_ms": [[_milli(seconds) for seconds in turn] for turn in timing.wall],
+    }
+
+
+def _milli(seconds: float) -> float:
+    return round(1e3 * seconds, 4)
+
+
+def _mega(size: int) -> float:
+    return round(size / 1e6, 3)

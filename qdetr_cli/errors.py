@@ -27,3 +27,7 @@ class RunError(QDetrError):
 
 class DivergedError(RunError):
     """Training met a value that is not finite. Names the step, the loss terms and the module."""
+
+
+class ExportError(QDetrError):
+    """A model that cannot be exported, a file that does not match or run, or a runtime that is missing."""

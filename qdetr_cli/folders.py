@@ -1,6 +1,5 @@
 """The files of a Hugging Face folder or hub id, but for the weights: what `config.json` and its kin say."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +12,18 @@ from transformers.utils import cached_file
 
 from qdetr_cli.errors import CheckpointError
 from qdetr_cli.manifest import MANIFEST
+from qdetr_cli.reading import read_json
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_local(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(config.json, preprocessor_config.json or None) of a folder."""
-    config = _read_json(folder / "config.json")
+    config = read_json_file(folder / "config.json")
     if config is None:
         raise CheckpointError(f"{folder}: holds neither {MANIFEST} (qdetr) nor config.json (Hugging Face)")
-    processor = _read_json(folder / PROCESSOR_FILE)
-    if processor is None and (whole := _read_json(folder / "processor_config.json")):
+    processor = read_json_file(folder / PROCESSOR_FILE)
+    if processor is None and (whole := read_json_file(folder / "processor_config.json")):
         processor = whole.get("image_processor")
     return config, processor
 
@@ -71,11 +71,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def read_json_file(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None where there is no such file. CheckpointError for anything else."""
+    if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -6,20 +6,34 @@ A tensor with several names (shared heads) is stored once; the file's metadata l
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdetr_cli.errors import CheckpointError
+from qdetr_cli.reading import check_regular, parse_json, read_json
 from qdetr_cli.runs import atomic_folder
 
 MANIFEST = "qdetr.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
+Kind = Literal["float", "fake-quant", "packed"]
+_TYPES = {
+    "family": str,
+    "recipe": dict,
+    "plan": dict,
+    "facts": dict,
+    "class_names": dict,
+    "processor": dict,
+    "config": dict,
+    "source": str,
+    "versions": dict,
+    "metrics": dict | None,
+}
 HARMLESS = "num_batches_tracked"  # a counter of live batch norms that frozen ones lack; it changes nothing
 
 
@@ -28,7 +42,7 @@ class Manifest:
     """All that is needed to build the model again, and where it came from."""
 
     format: int = FORMAT
-    kind: Literal["float", "fake-quant"]
+    kind: Kind
     family: str
     recipe: dict[str, Any]
     plan: dict[str, Any]
@@ -54,8 +68,10 @@ class Manifest:
         if wanted != set(content):
             lacking, strange = sorted(wanted - set(content)), sorted(set(content) - wanted)
             raise ValueError(f"missing keys {lacking}, unknown keys {strange}")
-        if content["kind"] not in ("float", "fake-quant"):
-            raise ValueError(f"kind {content['kind']!r} is not float or fake-quant")
+        if content["kind"] not in get_args(Kind):
+            raise ValueError(f"kind {content['kind']!r} is not float, fake-quant or packed")
+        if strange := [key for key, kind in _TYPES.items() if not isinstance(content[key], kind)]:
+            raise ValueError(f"{', '.join(strange)}: of another type than qdetr writes")
         names = {int(index): str(name) for index, name in content["class_names"].items()}
         return cls(**{**content, "class_names": names})
 
@@ -69,49 +85,90 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder that qdetr wrote. Raises CheckpointError if there is none or it is damaged."""
     path = folder / MANIFEST
     try:
-        return Manifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Manifest.from_dict(read_json(path))
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); is this a qdetr folder?"
+            f"{path}: cannot be read ({error.strerror or error}); is this a qdetr folder?"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a manifest of this qdetr: {error}") from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What a safetensors file holds: tensors, other names of shared ones, and metadata of the file."""
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]  # other name -> name of its tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def shared(self) -> dict[str, Tensor]:
+        """All tensors, shared ones under each of their names."""
+        return self.tensors | {alias: self.tensors[name] for alias, name in self.aliases.items()}
+
+
 def save_checkpoint(folder: Path, model: nn.Module, manifest: Manifest) -> None:
     """Write the folder as a whole or not at all; a folder that stood there is replaced."""
-    tensors, aliases = _unshared(model.state_dict())
-    text = json.dumps(manifest.to_dict(), indent=2, allow_nan=False)
+    tensors, aliases = unshared(model.state_dict())
+    write_folder(folder, Stored(tensors=tensors, aliases=aliases), manifest)
+
+
+def write_folder(folder: Path, stored: Stored, manifest: Manifest) -> None:
+    """Write tensors and manifest as a whole or not at all; a folder that stood there is replaced."""
+    indent = None if manifest.kind == "packed" else 2  # what is packed is to be small
+    text = json.dumps(manifest.to_dict(), indent=indent, allow_nan=False)
+    metadata = {"format": "pt", "aliases": json.dumps(stored.aliases), **stored.metadata}
     with atomic_folder(folder) as draft:
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        save_file(stored.tensors, draft / WEIGHTS, metadata=metadata)
         (draft / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the folder's tensors into `model`, bit for bit.
+    """Put the folder's tensors into `model`, bit for bit; see `put_weights`."""
+    put_weights(folder / WEIGHTS, read_tensors(folder / WEIGHTS), model)
+
+
+def put_weights(path: Path, stored: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Put the tensors that the file `path` holds into `model`.
 
     Raises CheckpointError that lists every missing, unexpected and misshapen tensor; it then changes nothing.
     """
-    stored = read_tensors(folder / WEIGHTS)
-    own = model.state_dict()
-    faults = differences(stored, own)
+    faults = differences(stored, model.state_dict())
     if faults:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: " + "; ".join(faults))
+        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(faults))
     model.load_state_dict(stored, strict=False)  # not by hand: quantizers take note of being calibrated
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, shared ones under each of their names."""
+    return read_file(path).shared()
+
+
+def read_file(path: Path) -> Stored:
+    """All of a safetensors file. Raises CheckpointError for a damaged one."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            aliases: dict[str, str] = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+        return Stored(
+            tensors=tensors, aliases=_aliases(metadata.pop("aliases", "{}"), tensors), metadata=metadata
+        )
+    except Exception as error:  # safetensors and torch raise many types here
         raise CheckpointError(
             f"{path}: cannot be read as safetensors ({error}); copy or save it again"
         ) from error
-    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def _aliases(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The other names of shared tensors. Raises ValueError where they name what is not there."""
+    aliases = parse_json(text)
+    if not isinstance(aliases, dict) or not all(name in tensors for name in aliases.values()):
+        raise ValueError("its metadata 'aliases' names tensors that it does not hold")
+    if both := sorted(tensors.keys() & aliases):
+        raise ValueError(f"{listed(both)}: stands there twice, as a tensor and as another name of one")
+    return aliases
 
 
 def differences(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -137,7 +194,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)}"
 
 
-def _unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by first name, alias -> first name); each is contiguous, on the CPU, in its own storage."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -12,21 +12,34 @@ import transformers
 from torch import nn
 
 from qdetr_cli import __version__, plugins
+from qdetr_cli.budget import budget_of
 from qdetr_cli.checkpoint import Detector, load_config_model, load_float, model_config, with_classes
 from qdetr_cli.classes import class_index, missing_classes
 from qdetr_cli.data import DetectionData
-from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
+from qdetr_cli.errors import CheckpointError, DataError, PluginError, QDetrError, RecipeError, RunError
 from qdetr_cli.families import Family
-from qdetr_cli.manifest import Manifest, is_qdetr_folder, load_weights, read_manifest, save_checkpoint
+from qdetr_cli.folders import first_line
+from qdetr_cli.manifest import (
+    MANIFEST,
+    WEIGHTS,
+    Kind,
+    Manifest,
+    is_qdetr_folder,
+    load_weights,
+    read_manifest,
+    save_checkpoint,
+)
 from qdetr_cli.metrics import Metrics
 from qdetr_cli.original import Settings
+from qdetr_cli.packed import load_packed, write_packed
 from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.recipe import Recipe, recipe_from_dict
 from qdetr_cli.rewrite import rewrite
+from qdetr_cli.runs import PARTS
+from qdetr_cli.sessions import is_exported
 from qdetr_cli.trace import GraphFacts, trace
 
 Say = Callable[[str], None]
-PARTS = ("best", "last")  # what a fine-tuning folder holds, in the order of preference
 DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -46,6 +59,8 @@ class Model:
     facts: GraphFacts | None = None
     plan: Plan | None = None
     recipe: Recipe | None = None
+    metrics: dict[str, Any] | None = None  # what its folder says that was measured on it
+    packed: bool = False  # its weights are integers on disk: it runs, and learns no more
 
     @property
     def module(self) -> nn.Module:
@@ -86,7 +101,15 @@ def _original_setting(text: str) -> tuple[str, Any]:
 
 
 def open_model(source: Source, say: Say) -> Model:
-    """The model of `source`: float, or fake-quant if it is a folder that qdetr wrote under rules."""
+    """The model of `source`: float, or fake-quant if it is a folder that qdetr wrote under rules.
+
+    That of a packed folder computes what the checkpoint did that it was packed from, to the last bit.
+    """
+    if is_exported(source.model) and not Path(source.model).is_dir():
+        raise CheckpointError(
+            f"{source.model}: is an exported file: `qdetr eval`, `predict` and `benchmark` run it; name "
+            "the folder that it was exported from here"
+        )
     folder = checkpoint_folder(Path(source.model))
     if folder is None:
         detector = load_float(source.model, **source.original)
@@ -100,6 +123,8 @@ def open_model(source: Source, say: Say) -> Model:
     if folder != Path(source.model):
         say(f"{source.model}: reading {folder.name}/")
     manifest = read_manifest(folder)
+    if manifest.plan or manifest.kind != "float":
+        _planned(folder, manifest)
     _check_plugins(manifest, source)
     if manifest.kind == "float":
         return Model(detector=replace(load_float(folder), source=source.model))
@@ -124,8 +149,18 @@ def quantized(model: Model, recipe: Recipe, size: tuple[int, int], say: Say) -> 
 def must_be_float(model: Model, source: Source) -> None:
     """Raise RunError if `model` is a fake-quant model already."""
     if model.plan is not None:
+        kind = "packed" if model.packed else "fake-quant"
         raise RunError(
-            f"{source.model}: is a fake-quant checkpoint; put the recipe on the float checkpoint it came from"
+            f"{source.model}: is a {kind} checkpoint; put the recipe on the float checkpoint it came from"
+        )
+
+
+def must_learn(model: Model, source: Source) -> None:
+    """Raise RunError if `model` was packed: between the integers there is nothing left to learn from."""
+    if model.packed:
+        raise RunError(
+            f"{source.model}: is a packed checkpoint, whose weights are integers; fine-tune the fake-quant "
+            "checkpoint that it was packed from, and pack the result"
         )
 
 
@@ -189,9 +224,29 @@ def save_model(
     module: nn.Module, model: Model, folder: Path, recipe: Recipe, metrics: Metrics | None
 ) -> None:
     """Write `module`, which has the structure of `model`, as a qdetr checkpoint."""
+    assert not model.packed, "a packed model is saved by save_packed"
+    kind: Kind = "float" if model.plan is None else "fake-quant"
+    measured = None if metrics is None else metrics.to_dict()
+    save_checkpoint(folder, module, _manifest(model, kind, recipe, measured))
+
+
+def save_packed(model: Model, folder: Path) -> None:
+    """Write a fake-quant model with its weights as integers at their width: `qdetr_cli.packed`.
+
+    Raises RunError for a float model, CheckpointError for a quantizer that does not round to its grid.
+    """
+    if model.plan is None or model.recipe is None:
+        raise RunError(
+            f"{model.detector.source}: is a float model, so there are no integers to pack; "
+            "run `qdetr quantize` or `qdetr finetune` on it first"
+        )
+    write_packed(folder, model.module, _manifest(model, "packed", model.recipe, model.metrics))
+
+
+def _manifest(model: Model, kind: Kind, recipe: Recipe, metrics: dict[str, Any] | None) -> Manifest:
     detector = model.detector
-    manifest = Manifest(
-        kind="float" if model.plan is None else "fake-quant",
+    return Manifest(
+        kind=kind,
         family=model.family.name,
         recipe=recipe.to_dict(),
         plan={} if model.plan is None else model.plan.to_dict(),
@@ -201,9 +256,8 @@ def save_model(
         config=model_config(detector),
         source=Path(detector.source).name,
         versions=versions(),
-        metrics=None if metrics is None else metrics.to_dict(),
+        metrics=metrics,
     )
-    save_checkpoint(folder, module, manifest)
 
 
 def versions() -> dict[str, str]:
@@ -237,12 +291,31 @@ def torch_device(name: str) -> torch.device:
 
 
 def _fake_quant(folder: Path, manifest: Manifest, source: Source) -> Model:
-    detector: Detector = replace(load_config_model(manifest.config, manifest.processor), source=source.model)
     recipe = recipe_from_dict(manifest.recipe, source=str(folder))
-    facts, plan = GraphFacts.from_dict(manifest.facts), Plan.from_dict(manifest.plan)
-    rewrite(detector.model, plan, facts)
-    load_weights(folder, detector.model)
-    return Model(detector=detector, facts=facts, plan=plan, recipe=recipe)
+    budget = budget_of([folder / WEIGHTS], str(folder))
+    built = load_config_model(manifest.config, manifest.processor, budget)
+    detector: Detector = replace(built, source=source.model)
+    facts, plan = _planned(folder, manifest)
+    try:
+        rewrite(detector.model, plan, facts)
+    except QDetrError:
+        raise
+    except Exception as error:  # a plan of another model makes torch raise nearly anything
+        raise CheckpointError(
+            f"{folder / MANIFEST}: its plan does not belong to its config ({first_line(error)})"
+        ) from error
+    packed = manifest.kind == "packed"
+    (load_packed if packed else load_weights)(folder, detector.model)
+    return Model(
+        detector=detector, facts=facts, plan=plan, recipe=recipe, metrics=manifest.metrics, packed=packed
+    )
+
+
+def _planned(folder: Path, manifest: Manifest) -> tuple[GraphFacts, Plan]:
+    try:
+        return GraphFacts.from_dict(manifest.facts), Plan.from_dict(manifest.plan)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {first_line(error)}") from error
 
 
 def _check_plugins(manifest: Manifest, source: Source) -> None:

@@ -1,14 +1,16 @@
 """The story: load, plan, rewrite, calibrate, fit, evaluate. Each command is one function here."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qdetr_cli import plugins
+from qdetr_cli.artefact import open_artefact
 from qdetr_cli.data import DetectionData, ImageSet, check_images, image_files, open_data, single_image
-from qdetr_cli.errors import RecipeError, RunError
+from qdetr_cli.errors import CheckpointError, RecipeError, RunError
 from qdetr_cli.evaluate import Bench, Rung, detect, detect_all
 from qdetr_cli.evaluate import evaluate as evaluate_model
 from qdetr_cli.evaluate import ladder as climb
@@ -17,9 +19,11 @@ from qdetr_cli.metrics import Metrics, measure
 from qdetr_cli.models import (
     Model,
     Source,
+    checkpoint_folder,
     fitted_to,
     known_classes,
     must_be_float,
+    must_learn,
     open_model,
     parse_size,
     quantized,
@@ -39,6 +43,8 @@ from qdetr_cli.results import (
     Quantized,
 )
 from qdetr_cli.runs import begin_run, check_free, check_new, resumes
+from qdetr_cli.sessions import is_exported
+from qdetr_cli.storage import storage_of
 from qdetr_cli.student import calibrated, saver, teacher_of, training_images, under_recipe
 from qdetr_cli.terms import check_terms
 from qdetr_cli.trace import GraphFacts, trace
@@ -58,17 +64,19 @@ def inspect(
     """What is in a model, and what a recipe would do to it."""
     if recipe is None and overrides:
         raise RecipeError(f"--set {overrides[0]}: changes a recipe, and none is given; add --recipe")
-    _load_plugins(plugins)
+    load_plugins(plugins)
     chosen = None if recipe is None else _recipe(recipe, overrides, plugins)
     wanted, where = parse_size(size), torch_device(device)
     model = open_model(source, listener.say)
     model.module.to(where)
+    folder = checkpoint_folder(Path(source.model))
+    storage = None if folder is None else storage_of(folder)
     if chosen is None and model.facts is not None:
-        return _fake_quant_inspection(model, model.facts, source, wanted)
+        return replace(_fake_quant_inspection(model, model.facts, source, wanted), storage=storage)
     must_be_float(model, source)
     facts = trace(model.module, model.family, trace_size(model, wanted))
     plan = None if chosen is None else make_plan(chosen, facts)
-    return Inspection(detector=model.detector, facts=facts, plan=plan, recipe=chosen)
+    return Inspection(detector=model.detector, facts=facts, plan=plan, recipe=chosen, storage=storage)
 
 
 def quantize(
@@ -90,7 +98,7 @@ def quantize(
             f"{recipe}: quantizes nothing, so there is nothing to calibrate; choose another recipe"
         )
     check_new(out)
-    training = _open(data, data.train, listener)
+    training = open_split(data, data.train, listener)
     evaluation = _measured_on(data, training, listener) if measured else None
     model = open_model(source, listener.say)
     must_be_float(model, source)
@@ -127,9 +135,10 @@ def finetune(
         resume = False
     elif not resume:
         check_free(out)
-    training = _open(data, data.train, listener)
+    training = open_split(data, data.train, listener)
     evaluation = _measured_on(data, training, listener)
     opened = open_model(source, listener.say)
+    must_learn(opened, source)
     check_trainable(opened.family)
     model = fitted_to(opened, training, listener.say)
     known_classes(model, evaluation)
@@ -167,6 +176,7 @@ def evaluate(
     workers: int = 2,
     metrics: tuple[str, ...] = (),
     out: Path | None = None,
+    threads: int | None = None,
     plugins: Sequence[Path] = (),
     device: str = "auto",
     listener: Listener,
@@ -175,18 +185,15 @@ def evaluate(
 
     `out`, where the caller will write, and the metric plugins are checked before anything slow.
     """
-    _load_plugins(plugins)
+    load_plugins(plugins)
     _check_metrics(metrics)
     if out is not None:
         check_new(out)
-    where = torch_device(device)
-    evaluation = _open(data, data.split, listener)
-    model = open_model(source, listener.say)
-    if ladder and model.plan is None:
-        raise RunError(
-            f"{source.model}: is a float model, so --ladder has nothing to switch; "
-            "run `qdetr quantize` or `qdetr finetune` on it first"
-        )
+    where = _device(source, device)
+    evaluation = open_split(data, data.split, listener)
+    model = _runnable(source, threads, listener)
+    if ladder and (model.plan is None or model.packed):
+        raise RunError(_nothing_to_switch(source, packed=model.packed))
     bench = bench_of(model, evaluation, batch_size=batch_size, workers=workers, metrics=metrics)
     model.module.to(where)
     rungs: tuple[Rung, ...] = ()
@@ -212,17 +219,18 @@ def predict(
     *,
     threshold: float = 0.5,
     out: Path | None = None,
+    threads: int | None = None,
     plugins: Sequence[Path] = (),
     device: str = "auto",
     listener: Listener,
 ) -> tuple[PredictedImage, ...]:
     """The objects on images, and on all images of folders. `out`, where the caller will write, is checked."""
-    _load_plugins(plugins)
+    load_plugins(plugins)
     if out is not None:
         check_new(out)
-    where = torch_device(device)
+    where = _device(source, device)
     files = image_files(paths)
-    model = open_model(source, listener.say)
+    model = _runnable(source, threads, listener)
     model.module.to(where)
     with listener.progress("predict", len(files)) as advance:
         found = []
@@ -232,9 +240,14 @@ def predict(
     return tuple(found)
 
 
+def load_plugins(folders: Sequence[Path]) -> None:
+    """Import the plugins of these folders."""
+    plugins.load(folders)
+
+
 def plugin_entries(folders: Sequence[Path]) -> tuple[plugins.Entry, ...]:
     """Everything that is registered, built-in modules and the named folders included."""
-    _load_plugins(folders)
+    load_plugins(folders)
     return plugins.entries()
 
 
@@ -261,7 +274,7 @@ def _recipe(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> Rec
     """The recipe with its plugins and those of the flag loaded; a checkpoint remembers where both lie."""
     chosen = load_recipe(name, overrides)
     named = [*folders, *(Path(each) for each in chosen.plugins)]
-    _load_plugins(named)
+    load_plugins(named)
     check_terms(chosen.distill.terms, "distill.terms")
     check_terms(chosen.train.terms, "train.terms")
     if chosen.rules and chosen.train.batch_norm == "train":
@@ -284,16 +297,49 @@ def _fake_quant_inspection(
     return Inspection(detector=model.detector, facts=facts, plan=model.plan, recipe=model.recipe)
 
 
-def _load_plugins(folders: Sequence[Path]) -> None:
-    plugins.load(folders)
-
-
 def _check_metrics(names: Sequence[str]) -> None:
     for name in names:
         plugins.get("metric", name)
 
 
-def _open(data: DataSource, split: str, listener: Listener) -> DetectionData:
+def _runnable(source: Source, threads: int | None, listener: Listener) -> Model:
+    """The model of a folder, or an exported file as one, to run on `threads` cores."""
+    if not is_exported(source.model):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return open_model(source, listener.say)
+    if source.original:
+        raise CheckpointError(
+            f"{source.model}: {', '.join(source.original)} can only be set for an original .pth"
+        )
+    return Model(detector=open_artefact(Path(source.model), threads).detector)
+
+
+def _device(source: Source, name: str) -> torch.device:
+    """Where it runs. Raises RunError for an exported file that is to run elsewhere than on the CPU."""
+    if is_exported(source.model) and name not in ("auto", "cpu"):
+        raise RunError(f"--device {name}: exported files run on the CPU; leave --device out")
+    return torch.device("cpu") if is_exported(source.model) else torch_device(name)
+
+
+def _nothing_to_switch(source: Source, *, packed: bool) -> str:
+    if packed:
+        return (
+            f"{source.model}: is packed, so its weights are integers and cannot be switched to float; "
+            "give --ladder the folder that it was packed from"
+        )
+    if is_exported(source.model):
+        return (
+            f"{source.model}: is an exported file, whose quantizers cannot be switched; "
+            "give --ladder the folder that it was exported from"
+        )
+    return (
+        f"{source.model}: is a float model, so --ladder has nothing to switch; "
+        "run `qdetr quantize` or `qdetr finetune` on it first"
+    )
+
+
+def open_split(data: DataSource, split: str, listener: Listener) -> DetectionData:
     """A split that is ready to be read. A split that ends in .json is a COCO file of its own."""
     path = Path(split) if split.endswith(".json") else data.path
     opened = open_data(path, split=split, images=data.images)
@@ -309,7 +355,7 @@ def _open(data: DataSource, split: str, listener: Listener) -> DetectionData:
 
 def _measured_on(data: DataSource, training: DetectionData, listener: Listener) -> DetectionData:
     """The split to measure on; images that are trained on too are said, for the AP is then too high."""
-    evaluation = _open(data, data.split, listener)
+    evaluation = open_split(data, data.split, listener)
     seen = {record.image.resolve() for record in training.records}
     shared = sum(record.image.resolve() in seen for record in evaluation.records)
     if shared:

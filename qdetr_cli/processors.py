@@ -1,5 +1,6 @@
 """How a detector wants its pixels, as a plain value that is read from and written to Hugging Face keys."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from qdetr_cli.errors import CheckpointError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 16384  # pixels of a side; attention over more would fill any memory
 BILINEAR, BICUBIC = 2, 3  # PIL's numbers, which `resample` holds
 
 
@@ -40,7 +42,17 @@ class Processor:
         Raises CheckpointError for what qdetr does not do, such as cropping, and for a size that the divisor
         does not divide.
         """
-        default = fallback or cls()
+        try:
+            return cls._read(config, fallback or cls())
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"preprocessor_config.json: holds what no image processor writes ({error})"
+            ) from error
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any], default: "Processor") -> "Processor":
         _refuse_unsupported(config)
         shortest, longest, size = _resize(config, default)
         mean, std = _normalise(config, default)
@@ -60,6 +72,7 @@ class Processor:
             antialias=bool(config.get("antialias", default.antialias)),
             rounded=bool(config.get("round_resized", default.rounded)),
         )
+        _refuse_impossible(made)
         _refuse_undivided(made)
         return made
 
@@ -124,6 +137,18 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         faults.append(f"rescale_factor {factor} (only 1/255)")
     if faults:
         raise CheckpointError(f"preprocessor_config.json: qdetr does not do {', '.join(faults)}")
+
+
+def _refuse_impossible(made: Processor) -> None:
+    """Raise CheckpointError for sides and colours that no image can be brought to."""
+    sides = (made.shortest, made.longest, *(made.size or ()), made.pad_to, made.divisor)
+    if odd := [side for side in sides if side is not None and not 1 <= side <= LARGEST]:
+        raise CheckpointError(f"preprocessor_config.json: a side of {odd[0]} pixels is not 1 to {LARGEST}")
+    for name, numbers in (("image_mean", made.mean), ("image_std", made.std)):
+        if len(numbers) not in (1, 3) or not all(math.isfinite(each) for each in numbers):
+            raise CheckpointError(f"preprocessor_config.json: {name} {list(numbers)} is not three numbers")
+    if not all(each > 0 for each in made.std):
+        raise CheckpointError(f"preprocessor_config.json: image_std {list(made.std)}: must be above 0")
 
 
 def _refuse_undivided(made: Processor) -> None:

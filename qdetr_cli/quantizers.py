@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdetr_cli import plugins
+from qdetr_cli import operators, plugins
 from qdetr_cli.errors import PluginError, RecipeError, RunError
 from qdetr_cli.fake_quant import Grid, fake_quantize, make_grid
 from qdetr_cli.ranges import STEP_FLOOR, grid_from_range, has_free_offset
@@ -93,9 +93,14 @@ class FakeQuantizer(nn.Module):
             raise RunError(
                 f"{self._name()} is not calibrated: run `qdetr quantize`, or load a checkpoint that it wrote"
             )
-        if torch.compiler.is_exporting():
-            return self.grid_for(x).round(x, self.axis)
-        return self.fake_quantize(x)
+        return self._exported(x) if torch.compiler.is_exporting() else self.fake_quantize(x)
+
+    def _exported(self, x: Tensor) -> Tensor:
+        """Return x rounded to the grid: one operator of the exported graph, but for a free offset."""
+        grid = self.grid_for(x)
+        if grid.free:
+            return grid.round(x, self.axis)
+        return operators.fake_quantize(x, grid, self.axis, self.path)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid, with gradients for x, step and offset."""
@@ -265,6 +270,15 @@ class Statistics(LSQ):
         rows = x.detach().float().abs()
         rows = rows.reshape(1, -1) if self.axis is None else rows.movedim(self.axis, 0).flatten(1)
         return (2 * rows.mean(1) / sqrt(self.format.qmax)).clamp_min(STEP_FLOOR)
+
+
+@plugins.register("quantizer", "fixed")
+class Fixed(LSQ):
+    """A grid that stays where it was put: by calibration, or by a packed file, for its integers."""
+
+    def __init__(self, format: QuantFormat, *, axis: int | None, channels: int, batched: bool = True) -> None:
+        super().__init__(format, axis=axis, channels=channels, batched=batched)
+        self.requires_grad_(False)
 
 
 def make_quantizer(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from qdetr_cli.backbones import STRIDE, two_windows
 from qdetr_cli.families import Family, family_of
@@ -151,9 +152,25 @@ def _run_all_ways(model: nn.Module) -> None:
     model.eval()
     model(pixel_values=pixels)
     model(pixel_values=pixels, pixel_mask=mask)
+    with masks_kept():
+        model(pixel_values=pixels)
     if family.trainable:
         train_with_fixed_statistics(base)
         base(pixel_values=pixels, pixel_mask=mask, **denoised)
+
+
+@contextmanager
+def masks_kept() -> Iterator[None]:
+    """Let transformers keep the masks that happen to be all ones here: other images may mask something.
+
+    PP-DocLayout masks what it finds too uncertain, and a mask that is kept while tracing is met by an export.
+    """
+    own = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda *_: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = own
 
 
 def _noise(model: nn.Module, size: tuple[int, int]) -> Tensor:

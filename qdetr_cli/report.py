@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,43 +23,50 @@ from rich.progress import (
 from rich.table import Table
 
 from qdetr_cli.documents import (
+    benchmark_dict,
     coco_results,
     demo_dict,
     evaluation_dict,
+    export_dict,
     inspection_dict,
-    ladder_list,
     prediction_dict,
 )
 from qdetr_cli.errors import RunError
 from qdetr_cli.runs import write_json
+from qdetr_cli.tables import (
+    benchmark_lines,
+    benchmark_table,
+    class_table,
+    comparison_table,
+    cost_table,
+    file_lines,
+    float_lines,
+    kernel_table,
+    ladder_table,
+    layer_lines,
+    parity_lines,
+    plan_lines,
+    points,
+    role_table,
+    storage_table,
+)
 
 if TYPE_CHECKING:  # `qdetr recipe list` answers without torch
     from qdetr_cli.demo import Demo
     from qdetr_cli.evaluate import Rung
     from qdetr_cli.metrics import Metrics
-    from qdetr_cli.plan import Plan
     from qdetr_cli.plugins import Entry
     from qdetr_cli.recipe import Recipe
-    from qdetr_cli.results import Evaluated, Finetuned, Inspection, PredictedImage, Quantized
+    from qdetr_cli.results import (
+        Benchmarked,
+        Evaluated,
+        Exported,
+        Finetuned,
+        Inspection,
+        PredictedImage,
+        Quantized,
+    )
 
-HEADLINE = {
-    "ap": "AP",
-    "ap50": "AP50(coco)",
-    "ap75": "AP75",
-    "ap50_voc_area": "AP50(voc-area)",
-    "ap50_voc07": "AP50(voc07-11pt)",
-}
-SIZES = {
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-    "ar_1": "AR 1",
-    "ar_10": "AR 10",
-    "ar_100": "AR 100",
-    "ar_small": "AR small",
-    "ar_medium": "AR medium",
-    "ar_large": "AR large",
-}
 SHOWN_TERMS = 6  # loss terms beside the progress bar
 
 
@@ -113,7 +120,7 @@ class Page:
     def evaluated(self, step: int, total: int, metrics: Metrics) -> None:
         """One line for each evaluation on the way."""
         self.say(
-            f"step {step}/{total}: AP {_points(metrics.ap)}  AP50(voc-area) {_points(metrics.ap50_voc_area)}"
+            f"step {step}/{total}: AP {points(metrics.ap)}  AP50(voc-area) {points(metrics.ap50_voc_area)}"
         )
         if self._writer is not None:
             self._writer.add_scalar("eval/ap", metrics.ap, step)
@@ -125,24 +132,17 @@ class Page:
         """What `qdetr inspect` found: the model, and the plan if there is one."""
         if self.json:
             return self._object(inspection_dict(found))
-        facts, detector = found.facts, found.detector
-        height, width = facts.size
-        layers = Table(title=f"{detector.family.name} at {height}x{width}", title_justify="left")
-        for heading in ("role", "modules", "MACs", "weights"):
-            layers.add_column(heading, justify="left" if heading == "role" else "right")
-        for role, (count, macs, weights) in _by_role(found).items():
-            layers.add_row(role or "(none)", str(count), _count(macs), _count(weights))
-        self.console.print(layers)
-        self.say(
-            f"{len(detector.class_names)} classes: {', '.join(list(detector.class_names.values())[:12])}"
-        )
-        if found.plan is not None:
-            self._plan(found.plan, found.parameters)
+        self.console.print(role_table(found))
+        names = list(found.detector.class_names.values())
+        self.say(f"{len(names)} classes: {', '.join(names[:12])}")
+        if found.storage is not None:
+            self.console.print(storage_table(found.storage))
+        if found.plan is None:
+            self._lines(layer_lines(found))
             return None
-        for layer in facts.layers:
-            self.say(f"  {layer.path}  [{layer.role}]  {layer.op}  {_count(layer.macs)} MACs")
-        for attention in facts.attentions:
-            self.say(f"  {attention.path}  [{attention.role}]  {attention.op}  {_count(attention.macs)} MACs")
+        self.say("plan: module, role, bits of each slot, and the rule that decided or why it stays float")
+        self._lines(plan_lines(found.plan))
+        self.console.print(cost_table(found.plan, found.parameters))
         return None
 
     def quantized(self, result: Quantized) -> None:
@@ -153,8 +153,8 @@ class Page:
             body = {name: metrics.to_dict() for name, metrics in measured.items()}
             return self._object({"folder": str(result.folder), "totals": result.plan.totals(), **body})
         if measured:
-            self._comparison(measured)
-        self._totals(result.plan)
+            self.console.print(comparison_table(measured))
+        self.console.print(cost_table(result.plan))
         self.say(f"{result.folder}: written")
         return None
 
@@ -166,9 +166,9 @@ class Page:
             return self._object(
                 {"folder": str(result.folder), **body, "seconds": fit.seconds, "last": fit.last.to_dict()}
             )
-        self._comparison({"last": fit.last})
+        self.console.print(comparison_table({"last": fit.last}))
         self.say(
-            f"best AP {_points(fit.best_ap)} at step {fit.best_step}; {fit.steps} steps, {fit.seconds:.0f} s"
+            f"best AP {points(fit.best_ap)} at step {fit.best_step}; {fit.steps} steps, {fit.seconds:.0f} s"
         )
         self.say(f"{result.folder}: best/ and last/ written")
         return None
@@ -187,8 +187,8 @@ class Page:
         if self.json:
             return self._object(body)
         self._warnings(result.warnings)
-        self._comparison({f"{result.split} ({result.images} images)": result.metrics})
-        self._per_class(result.metrics)
+        self.console.print(comparison_table({f"{result.split} ({result.images} images)": result.metrics}))
+        self.console.print(class_table(result.metrics))
         for name, numbers in result.metrics.to_dict()["plugins"].items():
             self.say(f"{name}: {', '.join(f'{key} {value}' for key, value in numbers.items())}")
         if result.ladder:
@@ -209,6 +209,28 @@ class Page:
             return self._object({"images": body})
         for name, each in zip(names, found, strict=True):
             self.say(f"{name}: {len(each.boxes)} objects")
+        return None
+
+    def exported(self, result: Exported) -> None:
+        """What `qdetr export` wrote, what of it runs on integers, and how it compares with the model."""
+        if self.json:
+            return self._object(export_dict(result))
+        if result.kernels is not None:
+            self.console.print(kernel_table(result.kernels))
+            self._lines(float_lines(result.kernels))
+        if result.parity is not None:
+            self._lines(parity_lines(result.parity))
+        if result.metrics:
+            self.console.print(comparison_table(result.metrics))
+        self._lines(file_lines(result))
+        return None
+
+    def benchmarked(self, result: Benchmarked) -> None:
+        """Candidates side by side."""
+        if self.json:
+            return self._object(benchmark_dict(result))
+        self.console.print(benchmark_table(result))
+        self._lines(benchmark_lines(result))
         return None
 
     def plugin_table(self, entries: Sequence[Entry], families: Sequence[Mapping[str, str]]) -> None:
@@ -262,7 +284,7 @@ class Page:
         draw_boxes(result.predictions, images)
         if self.json:
             return self._object(body)
-        self._comparison(rows)
+        self.console.print(comparison_table(rows))
         self._ladder(result.ladder)
         self.say(f"{result.seconds:.0f} s; everything lies in {result.out}: results.json, comparison.png,")
         self.say("ladder.png, images/ (boxes), ptq/ and qat/ (checkpoints), scenes/ (data as VOC and COCO)")
@@ -273,84 +295,17 @@ class Page:
     def _object(self, body: Mapping[str, Any]) -> None:
         sys.stdout.write(json_module.dumps(body, indent=2, allow_nan=False) + "\n")
 
-    def _comparison(self, rows: Mapping[str, Metrics]) -> None:
-        table = Table()
-        table.add_column("")
-        shown = HEADLINE | (SIZES if len(rows) == 1 else {})
-        if len(rows) == 1:
-            ((name, metrics),) = rows.items()
-            table.add_column(name, justify="right")
-            for key, heading in shown.items():
-                table.add_row(heading, _points(getattr(metrics, key)))
-        else:
-            for heading in shown.values():
-                table.add_column(heading, justify="right")
-            for name, metrics in rows.items():
-                table.add_row(name, *(_points(getattr(metrics, key)) for key in shown))
-        self.console.print(table)
-
-    def _per_class(self, metrics: Metrics) -> None:
-        table = Table(
-            "class", "objects", "AP", "AP50(coco)", "AP50(voc-area)", title="per class", title_justify="left"
-        )
-        for name, row in metrics.to_dict()["per_class"].items():
-            table.add_row(
-                escape(name), str(row["objects"]), *(_points(row[k]) for k in ("ap", "ap50", "ap50_voc_area"))
-            )
-        self.console.print(table)
+    def _lines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.say(line)
 
     def _ladder(self, rungs: Sequence[Rung]) -> None:
-        table = Table(
-            "rung",
-            "AP",
-            "AP50(voc-area)",
-            "delta",
-            title="ladder: what each module group costs",
-            title_justify="left",
-        )
-        for entry in ladder_list(rungs):
-            table.add_row(
-                escape(entry["rung"]),
-                _points(entry["ap"]),
-                _points(entry["ap50_voc_area"]),
-                "" if entry["delta"] is None else f"{100 * entry['delta']:+.1f}",
-            )
-        self.console.print(table)
+        self.console.print(ladder_table(rungs))
         self.say("delta: points of AP50(voc-area) against the same weights with every quantizer off")
 
     def _warnings(self, warnings: Mapping[str, int]) -> None:
         for what, count in warnings.items():
             self.say(f"warning: {what}: {count}")
-
-    def _plan(self, plan: Plan, parameters: int) -> None:
-        """One line for each module: path, bits of each slot, and the rule or the reason."""
-        self.say("plan: module, role, bits of each slot, and the rule that decided or why it stays float")
-        for module in plan.modules:
-            bits = " ".join(
-                f"{s.slot}={'float' if s.format is None else s.format.bits}" for s in module.slots
-            )
-            rules = ", ".join(dict.fromkeys(s.rule for s in module.slots if s.rule))
-            self.say(f"  {module.path}  [{module.role}]  {bits}  {module.reason or rules}")
-        for line in plan.skipped:
-            self.say(line)
-        self._totals(plan, parameters)
-
-    def _totals(self, plan: Plan, parameters: int = 0) -> None:
-        table = Table("per image", "float", "quantized", title="cost", title_justify="left")
-        for name, before, after in plan.costs(parameters):
-            table.add_row(name, before, after)
-        self.console.print(table)
-
-
-def _by_role(found: Inspection) -> dict[str, tuple[int, int, int]]:
-    sums: dict[str, tuple[int, int, int]] = {}
-    for layer in found.facts.layers:
-        count, macs, weights = sums.get(layer.role, (0, 0, 0))
-        sums[layer.role] = (count + 1, macs + layer.macs, weights + layer.weights)
-    for attention in found.facts.attentions:
-        count, macs, weights = sums.get(attention.role, (0, 0, 0))
-        sums[attention.role] = (count + 1, macs + attention.macs, weights)
-    return sums
 
 
 def _bar(console: Console) -> Progress:
@@ -364,18 +319,6 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.fields[terms]}"),
         console=console,
     )
-
-
-def _points(value: float | None) -> str:
-    """AP in points with one decimal, and a dash where there is no object to measure on."""
-    return "-" if value is None or value < 0 else f"{100 * value:.1f}"
-
-
-def _count(value: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return str(value)
 
 
 def _tensorboard(folder: Path | None) -> Callable[[], Any]:

@@ -4,15 +4,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from qdetr_cli.benchmark.turns import Timing
 from qdetr_cli.checkpoint import Detector
 from qdetr_cli.evaluate import Rung
+from qdetr_cli.export.kernels import Kernels
 from qdetr_cli.metrics import Detections, Metrics
 from qdetr_cli.plan import Plan
 from qdetr_cli.recipe import Recipe
+from qdetr_cli.storage import Storage
 from qdetr_cli.trace import GraphFacts
 from qdetr_cli.train import Fit, Watch
+
+if TYPE_CHECKING:  # it needs the extra [export]
+    from qdetr_cli.export.parity import Parity
 
 Advance = Callable[[int], None]
 
@@ -48,6 +54,7 @@ class Inspection:
     facts: GraphFacts
     plan: Plan | None
     recipe: Recipe | None
+    storage: Storage | None = None  # of a folder that qdetr wrote
 
     @property
     def parameters(self) -> int:
@@ -99,3 +106,34 @@ class PredictedImage:
     boxes: list[list[float]]
     scores: list[float]
     classes: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What `qdetr export` wrote, how it runs, and how it compares with the model (None, empty: not done)."""
+
+    to: str
+    files: tuple[Path, ...]
+    quantized: bool
+    size: tuple[int, int] | None  # (H, W) of the images that it takes
+    bytes: int  # of all files
+    float_bytes: int  # of the weights and biases as float32
+    kernels: Kernels | None
+    parity: "Parity | None"
+    metrics: dict[str, Metrics]  # of "model" and "file"
+    seconds: float
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmarked:
+    """What `qdetr benchmark` measured: timings in the order given, and for each the float one beside it."""
+
+    size: tuple[int, int]
+    batch: int
+    threads: int
+    runs: int
+    timings: tuple[Timing, ...]
+    references: tuple[Timing | None, ...]  # the float model in the same runtime
+    machine: dict[str, Any]
+    busy: bool

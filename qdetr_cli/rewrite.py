@@ -17,6 +17,7 @@ from qdetr_cli.layers import quantized_layer
 from qdetr_cli.plan import ModulePlan, Plan
 from qdetr_cli.quantizers import FakeQuantizer, make_quantizer
 from qdetr_cli.recipe import OP_SLOTS, QuantFormat
+from qdetr_cli.sums import round_output
 from qdetr_cli.trace import AttentionFacts, GraphFacts
 
 
@@ -29,9 +30,12 @@ def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts) -> None:
     chosen = [module for module in plan.modules if _formats(module)]
     graphs = capture_all(model, [module.path for module in chosen if module.op == "attention"])
     attentions = {attention.path: attention for attention in facts.attentions}
+    device = next(model.parameters()).device
     for module in chosen:
         if module.op in ("linear", "conv"):
             _swap_layer(model, module)
+        elif module.op == "residual":
+            round_output(model.get_submodule(module.path), _formats(module)["output"], device)
         else:
             _quantize_attention(model, module, attentions[module.path], graphs.get(module.path, {}))
     for path, module in model.named_modules():

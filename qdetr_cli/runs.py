@@ -4,26 +4,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qdetr_cli.errors import RunError
+from qdetr_cli.reading import parse_json, read_json
 
 RUN_FILE, JOURNAL_FILE = "run.json", "metrics.jsonl"
+PARTS = ("best", "last")  # the checkpoints of a training, in the order of preference
+_RETIRED = ".old."  # in the name of a folder that waits for its successor
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` that takes its place if the block succeeds, and is removed if it fails.
 
-    A folder that stood at `path` is replaced; until the very end it stays as it was.
+    A folder that stood at `path` is replaced; until the very end it stays as it was. Should the process be
+    killed in between, `recover` finds the one or the other.
     """
     parent = _writable_parent(path)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
     try:
         yield draft
+        _flush(draft)
         _replace(draft, path)
     except OSError as error:
         raise RunError(
@@ -31,6 +36,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Put a run folder in order after a process was killed in it.
+
+    What was moved away for a successor that never came is put back, and drafts are removed.
+    """
+    for name in (*PARTS, RUN_FILE, JOURNAL_FILE):
+        for retired in folder.glob(f".{name}{_RETIRED}*/{name}"):
+            if not (folder / name).exists():
+                retired.rename(folder / name)
+        for left in folder.glob(f".{name}.*"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -51,6 +69,47 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path`: what the system refuses, such as a full disk, becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); nothing was kept") from error
+
+
+@contextmanager
+def draft_files(path: Path, companions: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary path with the name of `path`; if the block succeeds what was written there takes its place.
+
+    `companions` are the suffixes of files that belong to it, which come first. Nothing stays if it fails.
+    """
+    check_file(path, companions)
+    parent = _writable_parent(path)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    placed: list[Path] = []
+    try:
+        with writing(path):
+            yield folder / path.name
+            for name in (*(path.with_suffix(suffix).name for suffix in companions), path.name):
+                (folder / name).chmod(0o644)
+                placed.append((folder / name).replace(parent / name))
+    except BaseException:
+        for each in placed:
+            each.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_file(path: Path, companions: Sequence[str] = ()) -> None:
+    """Raise RunError unless `path`, and what belongs to it, can become new files; nothing is created."""
+    for each in (path, *(path.with_suffix(suffix) for suffix in companions)):
+        if each.exists() or each.is_symlink():
+            raise RunError(f"{each}: is there already; choose another --out or remove it")
+    _check_parent(path, path.resolve().parent)
+
+
 def write_json(path: Path, content: object) -> None:
     """Write strict JSON (no NaN) atomically."""
     atomic_write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -63,7 +122,12 @@ def check_new(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path}: already holds something; choose another --out or remove it")
-    existing = next(each for each in (path, *path.resolve().parents) if each.exists())
+    _check_parent(path, path)
+
+
+def _check_parent(path: Path, folder: Path) -> None:
+    """Raise RunError unless `folder` is a folder, or can become one, in which something can be written."""
+    existing = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     if not existing.is_dir():
         raise RunError(f"{existing}: is a file, so {path} cannot be created; choose another --out")
     if not os.access(existing, os.W_OK):
@@ -80,6 +144,7 @@ def new_folder(path: Path) -> Path:
 
 def check_free(out: Path) -> None:
     """Raise RunError unless a training may begin in `out`: a new folder, or a run without a checkpoint."""
+    recover(out)
     if not (out / RUN_FILE).exists() or (out / "last").exists():
         check_new(out)
 
@@ -96,9 +161,14 @@ def resumes(out: Path, settings: Mapping[str, Any]) -> bool:
     Raises RunError if there is none, and if it began with other settings (their dotted paths are named).
     """
     path = out / RUN_FILE
+    recover(out)
     if not path.exists():
         raise RunError(f"{out}: holds no run to resume (no {RUN_FILE}); run without --resume")
-    if changed := _changes(json.loads(path.read_text(encoding="utf-8")), settings):
+    try:
+        began = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: is damaged ({error}); start again in another --out") from error
+    if changed := _changes(began, settings):
         raise RunError(f"{out}: --resume with other settings than the run began with: {', '.join(changed)}")
     return (out / "last").exists()
 
@@ -119,11 +189,24 @@ class Journal:
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        try:
+            return [parse_json(line) for line in lines if line]
+        except ValueError as error:
+            raise RunError(f"{self.path}: is damaged ({error}); start again in another --out") from error
 
-    def rewind(self, step: int) -> None:
-        """Keep only what was written up to and including `step`."""
-        kept = [entry for entry in self.entries() if int(entry["step"]) <= step]
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Keep only what was written up to and including `step`, and metrics up to those of `evaluated`.
+
+        Raises RunError for lines of others.
+        """
+        try:
+            kept = [
+                entry
+                for entry in self.entries()
+                if int(entry["step"]) <= (evaluated if "metrics" in entry else step)
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.path}: is damaged ({error}); start again in another --out") from error
         atomic_write(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
@@ -148,12 +231,20 @@ def _writable_parent(path: Path) -> Path:
     return parent
 
 
+def _flush(folder: Path) -> None:
+    """Have the system write the files of a folder, so that a power cut after it is named finds them whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def _replace(draft: Path, path: Path) -> None:
     draft.chmod(0o755)
     if not path.exists():
         draft.rename(path)
         return
-    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.resolve().parent))
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}{_RETIRED}", dir=path.resolve().parent))
     path.rename(retired / path.name)
     draft.rename(path)
     shutil.rmtree(retired, ignore_errors=True)

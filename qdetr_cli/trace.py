@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -18,7 +19,9 @@ from qdetr_cli.backbones import DENSE_ATTENTION
 from qdetr_cli.errors import RunError
 from qdetr_cli.families import Family, role_of
 from qdetr_cli.fold import BATCH_NORMS
+from qdetr_cli.recipe import role_matches
 from qdetr_cli.recording import called_in_training
+from qdetr_cli.residuals import ResidualFacts, givers
 
 Shape = tuple[int, ...]
 
@@ -26,6 +29,7 @@ aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = aten.softmax.int
 _FUSED = aten.scaled_dot_product_attention.default
+WIDEST = 1 << 16  # of what an attention computes with, all heads together
 _LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _LAYER_CALLS = (aten.linear.default, aten.conv2d.default, aten.conv2d.padding, aten.conv_transpose2d.input)
 
@@ -72,6 +76,7 @@ class GraphFacts:
     batch_norms: tuple[tuple[str, str], ...]  # (convolution path, batch-norm path) pairs that fold
     uncalled: tuple[str, ...]  # layers that the forward pass in eval mode does not call
     notes: tuple[str, ...] = ()  # what the user should hear
+    residuals: tuple[ResidualFacts, ...] = ()  # of the backbone
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same facts back."""
@@ -79,10 +84,18 @@ class GraphFacts:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "GraphFacts":
-        """The facts that `to_dict` wrote, also after a trip through JSON (lists for tuples)."""
-        layers = tuple(LayerFacts(**_tuples(each)) for each in data["layers"])
-        attentions = tuple(AttentionFacts(**_tuples(each)) for each in data["attentions"])
-        return cls(**{**_tuples(data), "layers": layers, "attentions": attentions})
+        """The facts that `to_dict` wrote, also after a trip through JSON (lists for tuples).
+
+        Raises ValueError that says what are no facts.
+        """
+        try:
+            facts = TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise ValueError(f"facts.{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+        if wide := [each.path for each in facts.attentions if not 0 < each.heads * each.head_dim <= WIDEST]:
+            raise ValueError(f"facts: {wide[0]} has no number of heads and dimensions that a model has")
+        return facts
 
 
 @torch.no_grad()
@@ -91,7 +104,8 @@ def trace(model: nn.Module, family: Family, size: tuple[int, int]) -> GraphFacts
 
     Raises RunError where the model cannot take such an image.
     """
-    graph = _Calls(_export(model, size), model)
+    program = _export(model, size)
+    graph = _Calls(program, model)
     found = [_layer_facts(path, graph, family) for path in graph.paths_of(*_LAYERS)]
     trained = called_in_training(model, family, [layer.path for layer in found if not layer.calls], size)
     layers = tuple(replace(layer, only_in_training=layer.path in trained) for layer in found)
@@ -104,6 +118,7 @@ def trace(model: nn.Module, family: Family, size: tuple[int, int]) -> GraphFacts
         batch_norms=tuple(_batch_norm_pairs(graph, family)),
         uncalled=tuple(layer.path for layer in layers if not layer.calls),
         notes=tuple(_unknown_attention(graph, attentions)),
+        residuals=tuple(_residual_facts(program, graph, family)),
     )
 
 
@@ -243,6 +258,12 @@ def _deformable_shape(path: str, graph: _Calls, probs: Shape) -> tuple[int, int,
     return probs[2], head_dim, prod(probs) * head_dim
 
 
+def _residual_facts(program: ExportedProgram, graph: _Calls, family: Family) -> Iterator[ResidualFacts]:
+    for path in givers(program.graph.nodes, graph.owner):
+        if role_matches("backbone", role_of(family, path)):
+            yield ResidualFacts(path=path, aliases=graph.aliases[path], role="backbone.residual")
+
+
 def _batch_norm_pairs(graph: _Calls, family: Family) -> Iterator[tuple[str, str]]:
     """The pairs where a convolution feeds one batch norm, and nothing else reads or feeds either."""
     for path in graph.paths_of(nn.Conv2d):
@@ -281,12 +302,3 @@ def _unknown_attention(graph: _Calls, known: Iterable[AttentionFacts]) -> Iterat
 
 def _shape(node: Any) -> Shape:
     return tuple(int(side) for side in node.meta["val"].shape)
-
-
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same mapping with tuples for lists, two levels deep."""
-    return {key: _tuple(value) for key, value in data.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(each) for each in value) if isinstance(value, list | tuple) else value

@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,6 +23,7 @@ from qdetr_cli.metrics import Metrics
 from qdetr_cli.objective import Objective, clipped
 from qdetr_cli.oscillation import OscillationFreezer
 from qdetr_cli.plan import Plan
+from qdetr_cli.progress import Position, Progress
 from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Distill, Train
 from qdetr_cli.runs import Journal, atomic_folder
@@ -30,8 +32,6 @@ from qdetr_cli.schedule import (
     MovingAverage,
     freeze,
     lr_scale,
-    random_state,
-    restore_random_state,
 )
 from qdetr_cli.signals import Interrupted, stop_signals
 from qdetr_cli.stages import Stages
@@ -65,17 +65,6 @@ class Fit:
     seconds: float
 
 
-@dataclass(slots=True, kw_only=True)
-class Position:
-    """Where a training stands: steps done, seconds spent, and the best evaluation so far."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best_ap: float = -2.0  # below the -1 of a split without objects
-    best_step: int = 0
-    evaluated: int = 0  # the step of the last evaluation
-
-
 class Trainer:
     """One training of one model in one run folder (`last/`, `best/`, `metrics.jsonl`)."""
 
@@ -99,7 +88,7 @@ class Trainer:
         self.family, self.train, self.distill, self.images = family, train, distill, images
         self.folder, self.save, self.evaluate, self.watch = folder, save, evaluate, watch
         self.journal = Journal(folder / "metrics.jsonl")
-        self.position = Position()
+        self.saved = time.monotonic()  # when a checkpoint was last written, or the training began
         self.accelerator = _accelerator(train, device)
         self.device = self.accelerator.device
         self.model = _trainable(model.to(self.device), train)
@@ -112,8 +101,22 @@ class Trainer:
         self.oscillation = None if train.oscillation is None else OscillationFreezer(model, train.oscillation)
         groups = [*parameter_groups(self.model, family, train), *parameter_groups(self.extras, family, train)]
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups))
+        self.progress = Progress(
+            model=self.model,
+            extras=self.extras,
+            optimizer=self.optimizer,
+            average=self.average,
+            oscillation=self.oscillation,
+            scaler=self.accelerator.scaler,
+            device=self.device,
+        )
         alone = self.accelerator.num_processes == 1  # `prepare` would leave evaluations under autocast
         self.wrapped = self.model if alone else self.accelerator.prepare(self.model)
+
+    @property
+    def position(self) -> Position:
+        """Where the training stands."""
+        return self.progress.position
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,7 +139,8 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> Fit:
         """Train to the end, evaluating on the way. Raises DivergedError, and Interrupted after writing."""
         if resume:
-            self._resume()
+            self.progress.load(self.folder / "last" / STATE)
+            self.journal.rewind(self.position.step, self.position.evaluated)
         else:
             torch.manual_seed(self.train.seed + self.accelerator.process_index)  # dropout, denoising
         last: Metrics | None = None
@@ -177,6 +181,9 @@ class Trainer:
             self._tell(entry)
             if stop:
                 return
+            if self._saving_is_due():
+                self._write_last(None)
+                _training_mode(self.wrapped, self.train)
 
     def _step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimiser step over accumulated batches; the loss terms as numbers."""
@@ -254,6 +261,15 @@ class Trainer:
         at_end = self.position.step >= self.total_steps
         return at_end or (rest == 0 and epoch % self.train.eval_every == 0)
 
+    def _saving_is_due(self) -> bool:
+        """Whether the last checkpoint is old; every process does as the first one's clock says."""
+        if self.train.save_minutes is None:
+            return False
+        old = time.monotonic() - self.saved >= 60 * self.train.save_minutes
+        if self.accelerator.num_processes > 1:
+            old = bool(broadcast(torch.tensor(int(old), device=self.device)).item())
+        return old
+
     def _evaluate(self) -> Metrics:
         """Metrics of the averaged model; `last/` is written, and `best/` when the AP is the best so far."""
         with self._averaged() as model:
@@ -265,9 +281,9 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     self.save(model, self.folder / "best", metrics)
         self.position.evaluated = self.position.step
-        self._write_last(metrics)
         if self.accelerator.is_main_process:
             self.journal.append({"step": self.position.step, "metrics": metrics.to_dict()})
+        self._write_last(metrics)  # after the journal: a run that is resumed here has all its lines
         if self.watch is not None:
             self.watch.evaluated(self.position.step, self.total_steps, metrics)
         return metrics
@@ -290,60 +306,14 @@ class Trainer:
 
     def _write_last(self, metrics: Metrics | None) -> None:
         """`last/`: the averaged model as a loadable checkpoint, and beside it all that resuming needs."""
+        self.saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
-        state = {
-            "model": self.model.state_dict(),
-            "extras": self.extras.state_dict(),
-            "oscillation": None if self.oscillation is None else self.oscillation.state_dict(),
-            "groups": self._grouped(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "random": random_state(self.device),
-            "position": asdict(self.position),
-        }
+        state = self.progress.state_dict()
         with atomic_folder(self.folder / "last") as draft:
             with self._averaged() as model:
                 self.save(model, draft, metrics)
-            torch.save(
-                state, draft / STATE
-            )  # the live weights are back in the tensors that `state` refers to
-
-    def _resume(self) -> None:
-        path = self.folder / "last" / STATE
-        if not path.exists():
-            raise RunError(f"{path}: not found, so there is nothing to resume; run without --resume")
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise RunError(f"{path}: cannot be read ({error}); start again in another --out") from error
-        self.model.load_state_dict(state["model"])
-        self.extras.load_state_dict(state["extras"])
-        if self.oscillation is not None:
-            self.oscillation.load_state_dict(state["oscillation"])
-        self._regroup(state["groups"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        restore_random_state(state["random"], self.device)
-        self.position = Position(**state["position"])
-        self.journal.rewind(self.position.step)
-
-    def _grouped(self) -> list[list[str]]:
-        """The names of the optimiser's groups."""
-        names = {parameter: name for name, parameter in self._named_parameters().items()}
-        return [[names[each] for each in group["params"]] for group in self.optimizer.param_groups]
-
-    def _regroup(self, groups: list[list[str]]) -> None:
-        """Form the optimiser's groups as they were: rates depend on the steps that a training began with."""
-        named, settings = self._named_parameters(), self.optimizer.param_groups[0]
-        self.optimizer.param_groups = [
-            {**settings, "params": [named[name] for name in names]} for names in groups
-        ]
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        beside = {f"extras.{name}": parameter for name, parameter in self.extras.named_parameters()}
-        return {**dict(self.model.named_parameters()), **beside}
+            torch.save(state, draft / STATE)  # the live weights are back in the tensors that it refers to
 
     def _sampler(self, *, epoch: int, skip: int) -> EpochSampler:
         return EpochSampler(

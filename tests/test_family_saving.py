@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.losses import detection_loss
-from qdetr_cli.models import Model, Source, open_model, save_model
+from qdetr_cli.models import Model, Source, open_model, save_model, save_packed
 from qdetr_cli.recipe import load_recipe
 
 RECIPE = "w4a4_attn4"
@@ -58,7 +58,12 @@ def test_a_fresh_model_is_the_one_that_was_saved(name: str, tmp_path: Path) -> N
         opened = open_model(Source(str(tmp_path / "saved")), lambda line: None)
     assert_equal(model.state_dict(), opened.module.state_dict())
     assert opened.plan == ready(name, RECIPE).plan
-    assert_equal(outputs(model, name), outputs(opened.module, name))
+    said = outputs(opened.module, name)
+    assert_equal(outputs(model, name), said)
+    save_packed(opened, tmp_path / "packed")
+    with captured_once(name):
+        packed = open_model(Source(str(tmp_path / "packed")), lambda line: None)
+    assert_equal(said, outputs(packed.module, name))
     if name in TRAINABLE:
         before = ready(name, RECIPE).model.state_dict()
         moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]

@@ -59,5 +59,14 @@ def test_journal_forgets_what_comes_after_a_step_and_torn_lines(tmp_path):
     with journal.path.open("a") as file:
         file.write('{"step": 4')
     assert [entry["step"] for entry in journal.entries()] == [1, 2, 3]
-    journal.rewind(2)
+    journal.rewind(2, 0)
     assert journal.path.read_text().splitlines() == [json.dumps({"step": step}) for step in (1, 2)]
+
+
+def test_journal_forgets_an_evaluation_that_will_be_made_again(tmp_path):
+    """Killed between the evaluation of a step and the checkpoint that knows of it."""
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for entry in ({"step": 2, "metrics": 1}, {"step": 4}, {"step": 4, "metrics": 2}):
+        journal.append(entry)
+    journal.rewind(4, 2)
+    assert journal.entries() == [{"step": 2, "metrics": 1}, {"step": 4}]

@@ -6,6 +6,7 @@ Shape letters: H W pixels.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +18,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from qdetr_cli.errors import DataError
+from qdetr_cli.reading import check_regular
 
+# Pictures, told by their content. Not EPS and its like: Pillow has other programs run for them.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "QOI")
 _SIXTEEN_BIT = 2**16 - 1
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -130,6 +134,13 @@ def prepare_image(image: Image.Image, processor: Processor) -> Tensor:
     return normalize(resize(to_tensor(image), size, processor), processor)
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image file, opened; every error of Pillow as an ImageError that names the file."""
@@ -137,7 +148,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            check_regular(path)
+            with Image.open(path, formats=_formats()) as file:
                 yield file
     except ImageError:
         raise

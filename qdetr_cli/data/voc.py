@@ -24,6 +24,7 @@ from qdetr_cli.data.records import (
     safe_relative,
 )
 from qdetr_cli.errors import DataError
+from qdetr_cli.reading import check_regular
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 _YES_NO = {"": False, "0": False, "1": True, "false": False, "true": True}
@@ -141,6 +142,7 @@ def _parse(path: Path) -> _Annotation:
 def _tree(path: Path) -> ElementTree.Element:
     parser = ElementTree.XMLParser(target=_NoDocumentType())
     try:
+        check_regular(path)
         return ElementTree.parse(path, parser).getroot()
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as fault:
         raise DataError(f"not well-formed XML ({fault})") from None

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from qdetr_cli.plan.costs import published_share
-from qdetr_cli.recipe import Op, QuantFormat, Recipe, Slot, role_matches
+from qdetr_cli.recipe import BITS, Op, QuantFormat, Recipe, Slot, role_matches
 
 FLOAT_BITS = 32
 
@@ -71,6 +73,8 @@ class ModulePlan:
             )
         if self.op == "deformable":
             return ((self.macs, self.bits("probs"), self.bits("v")),)
+        if self.op == "residual":
+            return ()
         return ((self.macs, self.bits("weight"), self.bits("input")),)
 
     @property
@@ -101,12 +105,15 @@ class Plan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_dict`."""
-        return cls(
-            modules=tuple(_module(item) for item in content["modules"]),
-            skipped=tuple(content["skipped"]),
-            ladder={name: tuple(paths) for name, paths in content["ladder"].items()},
-        )
+        """The inverse of `to_dict`. Raises ValueError that says what is no plan."""
+        try:
+            plan = TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            raise ValueError(f"plan{_first(error)}") from error
+        strange = {slot.bits for module in plan.modules for slot in module.slots} - {*BITS, FLOAT_BITS}
+        if strange:
+            raise ValueError(f"plan: {min(strange)} bits are not one of {', '.join(map(str, BITS))}")
+        return plan
 
     def totals(self, parameters: int = 0) -> dict[str, float]:
         """What the plan costs and saves, per image where it is work; `costs` names the counting rules.
@@ -163,13 +170,7 @@ def ladder_groups(recipe: Recipe, modules: Iterable[ModulePlan]) -> dict[str, tu
     return {name: tuple(paths) for name, paths in groups.items() if paths}
 
 
-def _module(item: Mapping[str, Any]) -> ModulePlan:
-    slots = tuple(
-        SlotPlan(
-            slot=slot["slot"],
-            format=None if slot["format"] is None else QuantFormat(**slot["format"]),
-            rule=slot["rule"],
-        )
-        for slot in item["slots"]
-    )
-    return ModulePlan(**{**item, "aliases": tuple(item["aliases"]), "slots": slots})
+def _first(error: ValidationError) -> str:
+    """The first fault with its place."""
+    fault = error.errors(include_url=False)[0]
+    return f".{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

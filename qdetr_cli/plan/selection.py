@@ -60,7 +60,7 @@ class Selection:
 
 
 def candidates(facts: GraphFacts) -> tuple[Candidate, ...]:
-    """Every layer and attention of the model, in the order of their paths' first appearance."""
+    """Every layer, attention and residual sum of the model, each in the order of the graph."""
     layers = [
         Candidate(
             path=layer.path,
@@ -87,7 +87,20 @@ def candidates(facts: GraphFacts) -> tuple[Candidate, ...]:
         )
         for attention in facts.attentions
     ]
-    return (*layers, *attentions)
+    residuals = [
+        Candidate(
+            path=residual.path,
+            aliases=residual.aliases,
+            op="residual",
+            role=residual.role,
+            macs=0,
+            weights=0,
+            channels=0,
+            blocked="",
+        )
+        for residual in facts.residuals
+    ]
+    return (*layers, *attentions, *residuals)
 
 
 def _blocked(layer: LayerFacts) -> str:

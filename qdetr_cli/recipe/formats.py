@@ -18,8 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-Slot = Literal["weight", "input", "q", "k", "probs", "v"]
-Op = Literal["linear", "conv", "attention", "deformable"]
+Slot = Literal["weight", "input", "q", "k", "probs", "v", "output"]
+Op = Literal["linear", "conv", "attention", "deformable", "residual"]
 Granularity = Literal["tensor", "channel", "head"]
 
 SLOTS: tuple[Slot, ...] = get_args(Slot)
@@ -29,6 +29,7 @@ OP_SLOTS: dict[Op, tuple[Slot, ...]] = {
     "conv": ("weight", "input"),
     "attention": ("q", "k", "probs", "v"),
     "deformable": ("probs", "v"),
+    "residual": ("output",),
 }
 GRANULARITIES: dict[Slot, tuple[Granularity, ...]] = {
     "weight": ("tensor", "channel"),
@@ -37,11 +38,13 @@ GRANULARITIES: dict[Slot, tuple[Granularity, ...]] = {
     "k": ("tensor", "head"),
     "probs": ("tensor", "head"),
     "v": ("tensor", "head"),
+    "output": ("tensor",),
 }
 ROLES: tuple[str, ...] = (
     "backbone.stem",
     "backbone",
     "backbone.attention",
+    "backbone.residual",
     "input_proj",
     "encoder",
     "encoder.attention",
@@ -178,13 +181,15 @@ class QuantFormat:
 
 _LSQ, _MSE = Named(name="lsq"), Named(name="mse")
 _TOKENS = Format(symmetric=False, unsigned=False, per="head", quantizer=_LSQ, init=_MSE)
+_MAPS = Format(symmetric=False, unsigned=False, per="tensor", quantizer=_LSQ, init=_MSE)
 SLOT_DEFAULTS: dict[Slot, Format] = {
     "weight": Format(symmetric=True, unsigned=False, per="channel", quantizer=_LSQ, init=_MSE),
-    "input": Format(symmetric=False, unsigned=False, per="tensor", quantizer=_LSQ, init=_MSE),
+    "input": _MAPS,
     "q": _TOKENS,
     "k": _TOKENS,
     "v": _TOKENS,
     "probs": Format(symmetric=True, unsigned=True, per="head", quantizer=_LSQ, init=_MSE),
+    "output": _MAPS,
 }
 
 

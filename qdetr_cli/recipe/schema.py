@@ -90,6 +90,7 @@ class Rule(Partial):
     k: Annotated[Format, AfterValidator(_fits("k"))] | None = None
     probs: Annotated[Format, AfterValidator(_fits("probs"))] | None = None
     v: Annotated[Format, AfterValidator(_fits("v"))] | None = None
+    output: Annotated[Format, AfterValidator(_fits("output"))] | None = None
     keep: Literal["float"] | None = None
     line: int = Field(default=0, exclude=True)
     source: str = Field(default="", exclude=True)
@@ -103,7 +104,7 @@ class Rule(Partial):
         if self.keep and self.slots():
             raise PydanticCustomError("keep", "keep: float leaves no slot to set; drop keep or the slots")
         if not self.keep and not self.slots():
-            message = "sets nothing; give a slot (weight, input, q, k, probs, v) or keep: float"
+            message = "sets nothing; give a slot (weight, input, q, k, probs, v, output) or keep: float"
             raise PydanticCustomError("empty", message)
         return self
 
@@ -205,6 +206,7 @@ class Train(Section):
     `quantizer_lr` is relative: by what part of itself a step changes in one update of AdamW, at most.
     `compile` fuses fake quantization with torch.compile; `auto`: in trainings that are long enough to pay.
     `terms` are losses that need no teacher; `stages` quantize parts of the model later than others.
+    A checkpoint to resume from is written at each evaluation, and `save_minutes` after the last one.
     """
 
     epochs: Positive = 12.0
@@ -226,6 +228,7 @@ class Train(Section):
     freeze: Strings = ()
     workers: Whole = 2
     eval_every: Count = 1
+    save_minutes: Positive | None = 15.0
     seed: Whole = 0
     augment: Augment = Augment()
     auxiliary: Flag = True

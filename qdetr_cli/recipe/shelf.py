@@ -88,7 +88,7 @@ schema: 1
 extends: {base}
 
 # Rules follow those of {base} and win over them. A rule selects by role, path or op (all must hold) and
-# sets slots: weight, input; in attention q, k, probs, v. Bits: 2 to 8, or float.
+# sets slots: weight, input; in attention q, k, probs, v; of sums output. Bits: 2 to 8, or float.
 rules:
   - {{role: encoder.attention, weight: {{bits: 8}}, input: {{bits: 8}}}}
   # - {{path: "*.encoder.layers.0.*", op: linear, weight: {{bits: 8}}}}

@@ -1,0 +1,216 @@
+"""A detector as a program: one torch.export at a fixed size, in which each quantizer is one node."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from qdetr_cli.errors import ExportError
+from qdetr_cli.fake_quant import Grid
+from qdetr_cli.operators import FAKE_QUANTIZE
+from qdetr_cli.quantizers import FakeQuantizer
+from qdetr_cli.recording import undisturbed
+from qdetr_cli.rewrite import quantizers
+
+INPUTS = ("pixel_values", "pixel_mask")
+OUTPUTS = ("logits", "pred_boxes")
+
+aten = torch.ops.aten
+_CHECKS = (
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """One call of a quantizer: its grid, and which dimension owns the steps."""
+
+    grid: Grid
+    axis: int | None
+    constant: Tensor | None  # what is rounded, where it depends on no input: a weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """An exported detector. `roundings` has a key for each fake-quantize node: its `path` argument."""
+
+    exported: ExportedProgram
+    inputs: tuple[str, ...]  # of INPUTS, those that the outputs depend on
+    size: tuple[int, int]  # H, W
+    batch: int | None  # None: any
+    roundings: Mapping[str, Rounding]
+
+
+class Detections(nn.Module):
+    """A detector with two tensors for outputs: logits (B, Q, C) and pred_boxes (B, Q, 4) cxcywh in 0..1."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits and boxes; `pixel_mask` is 1 where a pixel is the image's."""
+        outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        return outputs.logits, outputs.pred_boxes
+
+
+@torch.no_grad()
+def exported(model: nn.Module, size: tuple[int, int], *, mask: bool = True, batch: int | None = 1) -> Program:
+    """The program of a float or fake-quant model for images of `size` (H, W); the model is left as it was.
+
+    `batch` is the number of images, None: any. `mask` asks for a pixel_mask input, which is there if any
+    output depends on it. Raises ExportError where the model cannot be followed, or has quantizers that no
+    integer model has.
+    """
+    _check_deployable(model)
+    program = _export(model, size, mask, batch)
+    _drop_checks(program.graph_module)
+    used = tuple(node.name for node in program.graph.nodes if node.name in INPUTS and _is_read(node))
+    if mask and "pixel_mask" not in used:
+        return exported(model, size, mask=False, batch=batch)
+    roundings = dict(_roundings(program))
+    return Program(exported=program, inputs=used, size=size, batch=batch, roundings=roundings)
+
+
+def _check_deployable(model: nn.Module) -> None:
+    free = [path for path, each in quantizers(model).items() if each.enabled and each.grid().free]
+    if free:
+        raise ExportError(
+            f"{', '.join(free[:6])}: the option free_offset has no integer zero point, so this model stays a "
+            "fake-quant model; train it with free_offset: false"
+        )
+
+
+def _export(model: nn.Module, size: tuple[int, int], mask: bool, batch: int | None) -> ExportedProgram:
+    images = batch or 2  # a size of 1 would be taken for a constant
+    weight = next(model.parameters())
+    given = {"pixel_values": weight.new_zeros(images, 3, *size)}
+    if mask:
+        given["pixel_mask"] = torch.ones(images, *size, dtype=torch.int64, device=weight.device)
+    free = None if batch else {name: {0: Dim("batch")} for name in given}
+    wrapped = Detections(model)
+    with undisturbed(wrapped), symbolic_lengths(model), known_grids(model):
+        wrapped.eval()
+        try:
+            return torch.export.export(wrapped, (), given, dynamic_shapes=free, strict=False)
+        except Exception as error:
+            raise ExportError(_reason(size, batch, error)) from error
+
+
+@contextmanager
+def symbolic_lengths(model: nn.Module) -> Iterator[None]:
+    """Let `len` of a tensor be a free size in the code of the model: Python's own `len` makes it a number."""
+    module: Any = sys.modules[type(model).__module__]
+    module.len = lambda value: value.shape[0] if isinstance(value, Tensor) else len(value)
+    try:
+        yield
+    finally:
+        del module.len
+
+
+@contextmanager
+def known_grids(model: nn.Module) -> Iterator[None]:
+    """Let quantizers give the grid that they have as constants, where it is not made from what they see."""
+    known = [each for each in quantizers(model).values() if type(each).grid_for is FakeQuantizer.grid_for]
+    for quantizer in known:
+        vars(quantizer)["grid_for"] = partial(_always, quantizer.grid())
+    try:
+        yield
+    finally:
+        for quantizer in known:
+            del vars(quantizer)["grid_for"]
+
+
+def _always(grid: Grid, _: Tensor) -> Grid:
+    return grid
+
+
+def _reason(size: tuple[int, int], batch: int | None, error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    way_out = "try another --size" if batch else "export it for a fixed number of images"
+    return f"torch.export cannot follow the model at {size[0]}x{size[1]} pixels: {first}; {way_out}"
+
+
+def _drop_checks(module: fx.GraphModule) -> None:
+    """Leave out what only checks sizes and values: it computes nothing, and no runtime knows it."""
+    for node in list(module.graph.nodes):
+        if node.target in _CHECKS:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    module.recompile()
+
+
+def _is_read(given: fx.Node) -> bool:
+    """Whether more than the size of an input is used."""
+    return any(user.target is not aten.sym_size.int for user in given.users)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does more than give a value: it is an end of the graph, or writes into a tensor."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or bool(schema is not None and schema.is_mutable)
+
+
+def _roundings(program: ExportedProgram) -> Iterator[tuple[str, Rounding]]:
+    """The roundings by their key; a quantizer that is called again has `:1`, `:2`.. after its path."""
+    constants = _Constants(program)
+    calls: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.target is not FAKE_QUANTIZE:
+            continue
+        x, step, zero, qmin, qmax, axis, path = node.args
+        count = calls[path] = calls.get(path, -1) + 1
+        key = f"{path}:{count}" if count else path
+        node.update_arg(6, key)
+        if not constants.has(step) or not constants.has(zero):
+            raise ExportError(
+                f"quantizer {path}: its step depends on the image, which no integer kernel can use; "
+                "grid_for must not depend on what it is given, but for a weight"
+            )
+        grid = Grid(step=constants(step), zero=constants(zero), qmin=qmin, qmax=qmax, free=False)
+        yield key, Rounding(grid=grid, axis=axis, constant=constants(x) if constants.has(x) else None)
+
+
+class _Constants:
+    """The values of the nodes that depend on no input, computed as they are asked for."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.known = dict(owned(program))
+        self.open: set[fx.Node] = set()
+        for node in program.graph.nodes:
+            given = node.op == "placeholder" and node not in self.known
+            if given or any(each in self.open for each in node.all_input_nodes):
+                self.open.add(node)
+
+    def has(self, value: Any) -> bool:
+        """Whether a value depends on no input."""
+        return value not in self.open if isinstance(value, fx.Node) else True
+
+    def __call__(self, value: Any) -> Any:
+        """The tensor of a node; what is no node as it is."""
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in self.known:
+            arguments = fx.map_arg((value.args, value.kwargs), self)
+            self.known[value] = value.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+        return self.known[value]
+
+
+def owned(program: ExportedProgram) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Each placeholder of a parameter, buffer or constant with its tensor."""
+    tensors = {**program.constants, **program.state_dict}
+    specs = program.graph_signature.input_specs
+    targets = {spec.arg.name: spec.target for spec in specs if spec.target is not None}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in targets:
+            yield node, tensors[str(targets[node.name])].detach()

@@ -1,0 +1,324 @@
+"""From a model to a file that runs: written beside its place, run, compared, and only then put there."""
+
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from qdetr_cli.artefact import Artefact, Canvas, open_artefact, padded
+from qdetr_cli.data import Batch, DetectionData, ImageSet, Processor, Sample, collate, prepare_image
+from qdetr_cli.errors import ExportError, RunError
+from qdetr_cli.evaluate import Bench, detect_all
+from qdetr_cli.export.kernels import Kernels
+from qdetr_cli.export.metadata import Metadata
+from qdetr_cli.metrics import Metrics, measure
+from qdetr_cli.models import Model, known_classes, save_packed, trace_size, versions
+from qdetr_cli.results import Exported, Listener
+from qdetr_cli.rewrite import set_enabled
+from qdetr_cli.runs import check_file, check_new, draft_files
+from qdetr_cli.scenes import scene
+from qdetr_cli.sessions import KEY, package
+
+if TYPE_CHECKING:  # it needs the extra [export]
+    from qdetr_cli.export.parity import Parity
+
+Size = tuple[int, int]
+
+COMPARED = (8, 16)  # fewest and most images on which file and model are compared: few medians say little
+PIXELS = 16 * 640 * 640  # of those images together; the fewest may pass it
+SAME_AP = 0.005  # AP of file and model may differ by this: rounding moves a code, and that may move a rank
+SPARE = 1.5  # how many times the size of the weights in float must be free on the disk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A kind of file that qdetr writes."""
+
+    suffix: str  # "" for a folder
+    companions: tuple[str, ...] = ()  # suffixes of the files beside it
+    packages: tuple[str, ...] = ()  # of the extra [export] that writing and running it take
+
+
+TARGETS = {
+    "onnx": Target(suffix=".onnx", packages=("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Target(suffix=".xml", companions=(".bin",), packages=("onnx", "onnxscript", "openvino")),
+    "packed": Target(suffix=""),
+}
+
+
+def exported_file(
+    model: Model,
+    to: str,
+    out: Path,
+    size: Size,
+    data: DetectionData | None,
+    threads: int | None,
+    *,
+    batch: int | None,
+    began: float,
+    listener: Listener,
+) -> Exported:
+    """Write `out`, run it and compare it with the model. Raises ExportError if it differs: nothing stays."""
+    target = TARGETS[to]
+    listener.say(f"exporting at {size[0]}x{size[1]}, and comparing the file with the model")
+    with draft_files(out, target.companions) as draft:
+        write(model, to, size, draft, batch=batch)
+        artefact = open_artefact(draft, threads)
+        parity = compared(model, artefact, sample(artefact.detector.processor, data, size))
+        metrics = {} if data is None else both_metrics(model, artefact, data, listener)
+        used = kernels(to, draft)
+    files = (out, *(out.with_suffix(each) for each in target.companions))
+    return Exported(
+        to=to,
+        files=files,
+        quantized=model.plan is not None,
+        size=size,
+        bytes=sum(each.stat().st_size for each in files),
+        float_bytes=float_bytes(model),
+        kernels=used,
+        parity=parity,
+        metrics=metrics,
+        seconds=time.perf_counter() - began,
+        versions=versions(),
+    )
+
+
+def packed_folder(model: Model, out: Path, began: float) -> Exported:
+    """Write the folder `out` with the weights as integers at their width."""
+    save_packed(model, out)
+    files = tuple(sorted(out.iterdir()))
+    return Exported(
+        to="packed",
+        files=files,
+        quantized=True,
+        size=None,
+        bytes=sum(each.stat().st_size for each in files),
+        float_bytes=float_bytes(model),
+        kernels=None,
+        parity=None,
+        metrics={},
+        seconds=time.perf_counter() - began,
+        versions=versions(),
+    )
+
+
+def check_target(to: str, out: Path) -> Target:
+    """The kind of file. Raises ExportError or RunError for what can be known to fail before anything slow."""
+    if to not in TARGETS:
+        raise ExportError(f"--to {to}: is not one of {', '.join(TARGETS)}")
+    target = TARGETS[to]
+    for name in target.packages:
+        package(name, f"--to {to}")
+    if not target.suffix:
+        check_new(out)
+        return target
+    if out.suffix.lower() != target.suffix:
+        raise ExportError(f"--out {out}: --to {to} writes a file whose name ends in {target.suffix}")
+    check_file(out, target.companions)
+    return target
+
+
+def parse_batch(text: str) -> int | None:
+    """The number of images of the file, None for any. Raises ExportError for anything else."""
+    if text == "any":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ExportError(f"--batch {text}: is not a number of images, nor any")
+    return int(text)
+
+
+def refuse_settings(to: str, given: Mapping[str, bool]) -> None:
+    """Raise ExportError that names the settings that were given and would have no effect."""
+    idle = [name for name, used in given.items() if used]
+    if idle:
+        raise ExportError(f"--to {to}: {', '.join(idle)} would have no effect; leave it out")
+
+
+def export_size(model: Model, given: Size | None) -> Size:
+    """The (H, W) of the file: as given, else that of the plan. Raises ExportError for what cannot be."""
+    planned = None if model.facts is None else model.facts.size
+    size = given or planned or trace_size(model)
+    step = max(model.family.divisible(model.module.config), model.detector.processor.divisor)
+    if any(side % step for side in size):
+        near = "x".join(str(max(step, round(side / step) * step)) for side in size)
+        raise ExportError(
+            f"--size {size[0]}x{size[1]}: this {model.family.name} needs multiples of {step}; "
+            f"for example {near}"
+        )
+    return size
+
+
+def check_space(out: Path, model: Model) -> None:
+    """Raise RunError where the disk cannot hold the file."""
+    folder = next(each for each in out.resolve().parents if each.exists())
+    wanted, free = SPARE * float_bytes(model), shutil.disk_usage(folder).free
+    if free < wanted:
+        raise RunError(
+            f"{folder}: {free / 1e6:.0f} MB are free, and writing {out.name} may take {wanted / 1e6:.0f} MB; "
+            "free some space, or choose another --out"
+        )
+
+
+def float_bytes(model: Model) -> int:
+    """What the weights and biases of the model take as float32."""
+    named = model.module.named_parameters()
+    return sum(
+        4 * p.numel() for name, p in named if not name.endswith(("_quantizer.step", "_quantizer.offset"))
+    )
+
+
+def write(
+    model: Model, to: str, size: Size, path: Path, *, batch: int | None = 1, quantized: bool = True
+) -> None:
+    """Write the model for `batch` images (None: any) of `size`; `quantized` off: its float weights."""
+    import onnx
+
+    from qdetr_cli.export.onnx_graph import marked, with_pairs
+    from qdetr_cli.export.program import exported
+
+    with nullcontext() if quantized or model.plan is None else _float_mode(model), _silent():
+        graph = marked(exported(model.module, size, batch=batch))
+    text = metadata_of(model, size, quantized=quantized).to_json()
+    if to == "onnx":
+        from qdetr_cli.export.ort.prepare import prepared
+
+        file = prepared(with_pairs(graph))
+        file.metadata_props.add(key=KEY, value=text)
+        onnx.save(file, path)
+    else:
+        from qdetr_cli.export.openvino_graph import openvino_model
+
+        network = openvino_model(graph)
+        network.set_rt_info(text, [KEY])
+        _saved(network, path)
+
+
+def metadata_of(model: Model, size: Size, *, quantized: bool) -> Metadata:
+    """What a file says of itself."""
+    detector = model.detector
+    return Metadata(
+        family=model.family.name,
+        class_names=detector.class_names,
+        processor=detector.processor.to_config(),
+        size=size,
+        recipe=model.recipe.to_dict() if quantized and model.recipe is not None else None,
+        source=Path(detector.source).name,
+        versions=versions(),
+    )
+
+
+def _saved(network: Any, path: Path) -> None:
+    """Write .xml and .bin. Raises OSError where the disk is full, which OpenVINO may not notice."""
+    try:
+        package("openvino", "--to openvino").save_model(network, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise OSError(f"OpenVINO: {str(error).strip().splitlines()[-1]}") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A block in which the exporter of torch does not tell of its steps."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def kernels(to: str, path: Path) -> Kernels:
+    """What of the file runs on integer kernels, as the runtime's profile says."""
+    if to == "onnx":
+        from qdetr_cli.export.ort.profile import kernels as executed
+    else:
+        from qdetr_cli.export.openvino_profile import kernels as executed
+    return executed(path)
+
+
+@contextmanager
+def _float_mode(model: Model) -> Iterator[Model]:
+    """The model with every quantizer off, for the duration of the block."""
+    set_enabled(model.module, None, False)
+    try:
+        yield model
+    finally:
+        set_enabled(model.module, None, True)
+
+
+def sample(processor: Processor, data: DetectionData | None, size: Size) -> Batch:
+    """The images to compare on: the first of the data, else drawn scenes; of large ones fewer."""
+    count = min(max(PIXELS // (size[0] * size[1]), COMPARED[0]), COMPARED[1])
+    if data is None:
+        return collate([_drawn(index, processor) for index in range(count)])
+    images = ImageSet(data, processor, range(len(data.class_names)))
+    return collate([images[index] for index in range(min(count, len(images)))])
+
+
+def compared(model: Model, artefact: Artefact, batch: Batch) -> "Parity":
+    """How far the file is from the model on a few images. Raises ExportError where that is too far."""
+    from qdetr_cli.export.parity import compare
+
+    size = artefact.session.inputs.size
+    whole = replace(
+        batch,
+        pixel_values=padded(batch.pixel_values, size),
+        pixel_mask=padded(batch.pixel_mask, size),
+    )
+    return compare(model.module.eval(), artefact.detector.model, whole, artefact.path)
+
+
+def both_metrics(
+    model: Model, artefact: Artefact, data: DetectionData, listener: Listener
+) -> dict[str, Metrics]:
+    """AP of the model, at the file's size, and of the file. Raises ExportError where they differ."""
+    size = artefact.session.inputs.size
+    measured = {
+        "model": _metrics(Canvas(model.module, size).eval(), artefact, data, "the model", listener),
+        "file": _metrics(artefact.detector.model, artefact, data, "the file", listener),
+    }
+    apart = abs(measured["model"].ap - measured["file"].ap)
+    if apart > SAME_AP:
+        raise ExportError(
+            f"the file has AP {100 * measured['file'].ap:.2f} where the model has "
+            f"{100 * measured['model'].ap:.2f}: more than rounding can explain ({100 * SAME_AP:.1f}); "
+            "nothing was written"
+        )
+    return measured
+
+
+def _metrics(
+    module: nn.Module, artefact: Artefact, data: DetectionData, what: str, listener: Listener
+) -> Metrics:
+    detector = artefact.detector
+    index = known_classes(Model(detector=detector), data)
+    bench = Bench(
+        data=data, images=ImageSet(data, detector.processor, index), class_index=index, batch_size=8
+    )
+    with listener.progress(f"AP of {what}", len(bench.images)) as advance:
+        found = detect_all(module, detector.family, bench, device=torch.device("cpu"), advance=advance)
+    return measure(data, found)
+
+
+def _drawn(index: int, processor: Processor) -> Sample:
+    """A scene of digits, which ships with qdetr, as a network input without labels."""
+    image = Image.fromarray(scene(index, split="val", size=256).image)
+    nothing = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    return Sample(
+        pixel_values=prepare_image(image, processor),
+        labels=nothing,
+        image_id=index,
+        size=(image.height, image.width),
+        pad_to=processor.pad_to,
+    )

@@ -1,0 +1,140 @@
+"""Parity of a file: what it computes passes, and every kind of wrong file fails with the layer named."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exported_models import SIZE, images, run_plain, toy
+from onnx import numpy_helper
+
+from qdetr_cli.data import Batch
+from qdetr_cli.errors import ExportError
+from qdetr_cli.export.layers import layers
+from qdetr_cli.export.onnx_graph import marked, with_pairs
+from qdetr_cli.export.parity import Parity, compare
+from qdetr_cli.export.program import exported
+from qdetr_cli.export.rounding import BEST, sqnr
+from qdetr_cli.export.ties import LowerIndexFirst
+
+MODEL = toy(4)
+
+
+@pytest.fixture(scope="module")
+def proto() -> onnx.ModelProto:
+    """The plain model, its biases behind the layers: ONNX Runtime rounds those inside to coarse steps."""
+    made = with_pairs(marked(exported(MODEL, SIZE, batch=2)))
+    for node in list(made.graph.node):
+        if node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 2:
+            _bias_behind(made, node)
+    return made
+
+
+def _bias_behind(made: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    constants = {each.name: each for each in made.graph.initializer}
+    name, output = node.input.pop(), node.output[0]
+    bias = numpy_helper.from_array(numpy_helper.to_array(constants[name])[:, None, None], f"{name}.behind")
+    made.graph.initializer.append(bias)
+    node.output[0] = f"{output}.unbiased"
+    add = onnx.helper.make_node("Add", [node.output[0], bias.name], [output], name=f"{node.name}.bias")
+    made.graph.node.insert(list(made.graph.node).index(node) + 1, add)
+
+
+def batch() -> Batch:
+    given = images(2)
+    return Batch(**given, labels=[], image_ids=[], sizes=torch.tensor([SIZE, SIZE]))
+
+
+class File(torch.nn.Module):
+    """An ONNX model as a module."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, pixel_mask) -> SimpleNamespace:
+        logits, boxes = run_plain(self.model, {"pixel_values": pixel_values, "pixel_mask": pixel_mask})
+        return SimpleNamespace(logits=logits, pred_boxes=boxes)
+
+
+def parity(model: onnx.ModelProto, tmp_path) -> Parity:
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    return compare(MODEL, File(model), batch(), path)
+
+
+def changed(proto: onnx.ModelProto, name: str, change: Callable) -> onnx.ModelProto:
+    """The model with another value in one of its constants."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    (tensor,) = [each for each in made.graph.initializer if each.name == name]
+    array = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(change(array.copy()).astype(array.dtype), name))
+    return made
+
+
+def test_a_right_file_passes_and_says_so(proto, tmp_path):
+    found = parity(proto, tmp_path)
+    assert found.holds
+    assert found.images == 2
+    assert found.logits.largest < 1e-5
+    alone = [each for each in found.layers if each.moved is not None]
+    assert len(alone) == 10  # six inputs, q, k, probs and v
+    assert all(each.moved == 0 for each in alone)
+    text = "\n".join(found.lines())
+    assert "10 quantizers, each alone: 10 give the same codes" in text
+    assert found.to_dict()["holds"] is True
+
+
+def one_channel(codes: np.ndarray) -> np.ndarray:
+    codes[0] = -codes[0]
+    return codes
+
+
+WRONG = {
+    "zero point": ("deep.input_quantizer.zero_point", lambda zero: zero + 4, "deep.input"),
+    "step of an input": ("up.input_quantizer.scale", lambda step: step * 1.07, "up.input"),
+    "clip too low": ("tokens.input_quantizer.high", lambda high: high - 3, "tokens.input"),
+    "sign of one channel": ("deep.weight_quantizer.codes", one_channel, "up.input"),
+    "step of a weight": ("tokens.weight_quantizer.scale", lambda step: step * 1.1, "(q|k|v)_quantizer"),
+    "step of a head": ("q_quantizer.steps", lambda step: step * [[[1.0]], [[1.3]]], "probs_quantizer"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_a_wrong_file_fails_and_the_first_wrong_layer_is_named(proto, tmp_path, case):
+    name, change, layer = WRONG[case]
+    with pytest.raises(ExportError, match=rf"first layer that deviates: {layer}"):
+        parity(changed(proto, name, change), tmp_path)
+
+
+def test_each_layer_answers_for_itself_alone(proto, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(changed(proto, "up.input_quantizer.high", lambda high: high - 5), path)
+    first = {name: each[:1] for name, each in images(2).items()}
+    wrong = [each.path for each in layers(MODEL, path, first) if each.moved]
+    assert wrong == ["up.input_quantizer"]
+
+
+def test_a_wrong_output_fails_without_a_file_to_look_into(proto):
+    wrong = changed(proto, "classes.weight_quantizer.codes", one_channel)
+    with pytest.raises(ExportError, match="the file does not compute what the model computes"):
+        compare(MODEL, File(wrong), batch())
+
+
+def test_sqnr():
+    x = torch.tensor([3.0, 4.0])
+    assert sqnr(x, x) == BEST
+    assert sqnr(x, x + torch.tensor([0.5, 0.0])) == pytest.approx(20.0)  # 10 log10(25 / 0.25)
+    assert sqnr(x, torch.zeros(2)) == pytest.approx(0.0)
+
+
+def test_of_equal_scores_the_lower_index_comes_first():
+    scores = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]])
+    with LowerIndexFirst():
+        values, places = torch.topk(scores, 3, dim=1)
+        assert scores.topk(2, dim=1).indices.tolist() == [[1, 2]]
+    assert places.tolist() == [[1, 2, 4]]
+    assert values.tolist() == [[2.0, 2.0, 2.0]]
