@@ -96,7 +96,6 @@ def benchmark(
         size=setting.size,
         batch=setting.batch,
         threads=setting.threads,
-        runs=len(timings[0].wall) * TURN,
         timings=timings,
         references=tuple(reference_of(each, timings) for each in timings),
         machine=found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `report` answers without torch
@@ -151,7 +152,6 @@ def benchmark_dict(result: Benchmarked) -> dict[str, Any]:
         "size": list(result.size),
         "batch": result.batch,
         "threads": result.threads,
-        "runs": result.runs,
         "machine": result.machine,
         "busy": result.busy,
         "candidates": [_timing_dict(timing, reference) for timing, reference in rows],
@@ -175,7 +175,8 @@ def _timing_dict(timing: Timing, reference: Timing | None) -> dict[str, Any]:
         "size_mb": _mega(own.size_bytes),
         "float": None if reference is None else reference.candidate.name,
         "speedup": None if reference is None else round(timing.speedup(reference), 3),
-        "runs_ms": [[_milli(seconds) for seconds in turn] for turn in timing.wall],
+        "runs": timing.runs,
+        "turns_ms": [_milli(median(turn)) for turn in timing.wall],
     }
 
 

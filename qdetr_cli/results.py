@@ -132,7 +132,6 @@ class Benchmarked:
     size: tuple[int, int]
     batch: int
     threads: int
-    runs: int
     timings: tuple[Timing, ...]
     references: tuple[Timing | None, ...]  # the float model in the same runtime
     machine: dict[str, Any]

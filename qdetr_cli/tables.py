@@ -175,7 +175,8 @@ def benchmark_table(result: Benchmarked) -> Table:
     """A line for each candidate."""
     height, width = result.size
     of, on = f"{result.batch} x {height}x{width}", f"{result.threads} thread{'s' * (result.threads > 1)}"
-    title = f"{of}, {on}, {result.runs} runs of each, in turns"
+    runs = min(timing.runs for timing in result.timings)
+    title = f"{of}, {on}, {runs} runs of each or more, in turns"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "runtime"):
         table.add_column(heading, no_wrap=heading != "")

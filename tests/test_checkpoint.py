@@ -530,7 +530,7 @@ def test_a_fake_quant_folder_is_no_float_model(tmp_path):
         (lambda m: m | {"format": 9}, "format 9; this qdetr reads format 1"),
         (lambda m: m | {"surprise": 1}, r"unknown keys \['surprise'\]"),
         (lambda m: {k: v for k, v in m.items() if k != "config"}, r"missing keys \['config'\]"),
-        (lambda m: m | {"kind": "int"}, "kind 'int' is not float or fake-quant"),
+        (lambda m: m | {"kind": "int"}, "kind 'int' is not float, fake-quant or packed"),
         (lambda m: m | {"class_names": ["a"]}, "not a manifest"),
         (lambda m: [m], "not a manifest"),
     ],

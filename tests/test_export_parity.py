@@ -94,7 +94,7 @@ def one_channel(codes: np.ndarray) -> np.ndarray:
 
 
 WRONG = {
-    "zero point": ("deep.input_quantizer.zero_point", lambda zero: zero + 4, "deep.input"),
+    "zero point": ("tokens.input_quantizer.zero_point", lambda zero: zero + 4, "tokens.input"),
     "step of an input": ("up.input_quantizer.scale", lambda step: step * 1.07, "up.input"),
     "clip too low": ("tokens.input_quantizer.high", lambda high: high - 3, "tokens.input"),
     "sign of one channel": ("deep.weight_quantizer.codes", one_channel, "up.input"),

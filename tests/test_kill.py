@@ -27,7 +27,9 @@ SETTINGS = (
     "train.lr=1e-3",
     "train.workers=2",
 )
-fork = multiprocessing.get_context("fork")
+# Not a fork of this process: torch's autograd may have run in it, and cannot in a fork then.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["qdetr_cli.pipeline"])
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +42,23 @@ def data(tmp_path_factory) -> DataSource:
     return DataSource(write_voc(tmp_path_factory.mktemp("data") / "voc", "0123456789", [(64, 64)] * 8))
 
 
-def training(
-    source: Source, data: DataSource, out: Path, settings: tuple[str, ...]
-) -> multiprocessing.Process:
-    """A process of its own that begins the training in `out`, or goes on with it."""
+def train(source: Source, data: DataSource, out: Path, settings: tuple[str, ...]) -> None:
+    """Begin the training in `out`, or go on with it."""
+    pipeline.finetune(
+        source,
+        recipe="w4a4",
+        data=data,
+        out=out,
+        overrides=settings,
+        resume=(out / "run.json").exists(),
+        device="cpu",
+        listener=Told(),
+    )
 
-    def train() -> None:
-        pipeline.finetune(
-            source,
-            recipe="w4a4",
-            data=data,
-            out=out,
-            overrides=settings,
-            resume=(out / "run.json").exists(),
-            device="cpu",
-            listener=Told(),
-        )
 
-    process = fork.Process(target=train)
+def started(target, *arguments):
+    """A process of its own at work."""
+    process = processes.Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -83,15 +84,18 @@ def assert_same(one: dict[str, object], other: dict[str, object]) -> None:
 @pytest.mark.parametrize("save_minutes", ["null", "1e-9"], ids=["after evaluations", "after every step"])
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path, source, data, save_minutes):
     settings = (*SETTINGS, f"train.save_minutes={save_minutes}")
+    started(time.sleep, 0).join()  # what all of them import is imported now
     began = time.monotonic()
-    straight = training(source, data, tmp_path / "straight", settings)
+    straight = started(train, source, data, tmp_path / "straight", settings)
     straight.join()
     assert straight.exitcode == 0
     took, draw, out = time.monotonic() - began, random.Random(0), tmp_path / "killed"
     kills = 0
     while True:
-        process = training(source, data, out, settings)
-        process.join(timeout=None if kills == KILLS else draw.uniform(0.1, 0.7 * took))
+        process = started(train, source, data, out, settings)
+        while kills == 0 and not (out / "run.json").exists():
+            time.sleep(0.01)  # the first is killed as soon as its training begins
+        process.join(timeout=None if kills == KILLS else draw.uniform(0.1, 0.5 * took) if kills else 0.1)
         if not process.is_alive():
             break
         os.kill(process.pid, signal.SIGKILL)
@@ -103,7 +107,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path, source, d
     assert_same(left(tmp_path / "straight"), left(out))
 
 
-def _replace_until_killed(folder: Path) -> None:
+def replace_until_killed(folder: Path) -> None:
     number = 0
     while True:
         with atomic_folder(folder / "last") as draft:
@@ -116,8 +120,7 @@ def test_a_folder_that_is_being_replaced_is_the_old_or_the_new(tmp_path):
     """Killed forty times at random moments; the two files in it are always of one writing."""
     draw = random.Random(0)
     for _ in range(40):
-        process = fork.Process(target=_replace_until_killed, args=(tmp_path,))
-        process.start()
+        process = started(replace_until_killed, tmp_path)
         while not list(tmp_path.glob("*last*")):
             time.sleep(0.001)
         time.sleep(draw.uniform(0.005, 0.03))

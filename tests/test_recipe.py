@@ -388,7 +388,7 @@ def test_faults_of_overrides_name_the_flag(tmp_path: Path, flag: str, message: s
 def test_slot_defaults(slot) -> None:
     made = resolve_format(slot, Format(bits=4))
     assert (made.quantizer, made.init) == ("lsq", "mse")
-    assert made.per == {"weight": "channel", "input": "tensor"}.get(slot, "head")
+    assert made.per == {"weight": "channel", "input": "tensor", "output": "tensor"}.get(slot, "head")
     assert made.symmetric == (slot in ("weight", "probs"))
     assert (made.qmin, made.qmax) == ((0, 15) if slot == "probs" else (-8, 7))
     assert SLOT_DEFAULTS[slot].bits is None

@@ -26,7 +26,7 @@ from qdetr_cli.trace import GraphFacts, trace
 
 PAPER = ("qdetr_w2a2", "qdetr_w3a3", "qdetr_w4a4")
 NAMES = ("fig2_11", "float", *PAPER, "w2a2", "w3a3", "w4a4", "w4a4_attn4", "w8a8")
-FRAGMENTS = ("_base", "_best", "_qdetr")
+FRAGMENTS = ("_base", "_best", "_qdetr", "_sums")
 BITS = {  # weights, activations, attention
     "fig2_11": (4, 4, 8),
     "qdetr_w2a2": (2, 2, 8),
@@ -103,6 +103,8 @@ def test_bits_are_as_the_name_says(name: str, family: str) -> None:
             assert set(found.values()) == {32}, module.path
         elif module.op in ("attention", "deformable"):
             assert set(found.values()) == {attention}, module.path
+        elif module.op == "residual":
+            assert found == {"output": 8}, module.path
         elif any(role_matches(role, module.role) for role in EIGHT):
             assert found == {"weight": 8, "input": 8}, module.path
         else:

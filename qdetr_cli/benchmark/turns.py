@@ -1,6 +1,7 @@
 """Candidates that take turns: timings that drift with the machine drift for all of them alike."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,8 +18,8 @@ from qdetr_cli.benchmark.worker import Job
 from qdetr_cli.errors import ExportError
 
 WARM_UP = 2  # runs before anything is counted
-COLD = 1  # runs at the start of each turn that are not counted: the others have emptied the caches
-TURN = 3  # counted runs of a turn
+COLD, COLD_SECONDS = 1, 0.05  # at the start of a turn, not counted: the others have emptied the caches
+TURN, TURN_SECONDS = 3, 0.15  # counted runs of a turn; more where they are shorter together
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 Advance = Callable[[int], None]
@@ -47,6 +48,11 @@ class Timing:
     peak_memory_mb: float
     wall: tuple[tuple[float, ...], ...]
     cpu: tuple[tuple[float, ...], ...]
+
+    @property
+    def runs(self) -> int:
+        """How many runs were counted."""
+        return len(self._flat)
 
     @property
     def median(self) -> float:
@@ -88,7 +94,7 @@ def measured(
     with ExitStack() as stack:
         workers = [stack.enter_context(worker(each)) for each in candidates]
         for each in workers:
-            each.run(WARM_UP)
+            each.warm_up()
         for turn in range(-(-runs // TURN)):
             first = turn % len(workers)
             for each in (*workers[first:], *workers[:first]):
@@ -105,8 +111,16 @@ class Worker:
     process: "subprocess.Popen[str]"
     complaints: IO[str]  # what it writes to stderr
     told: dict[str, Any] = field(default_factory=dict)
+    cold: int = COLD
+    turn: int = TURN
     wall: list[tuple[float, ...]] = field(default_factory=list)
     cpu: list[tuple[float, ...]] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Run a little, and see how many runs make a turn."""
+        pace = min(self.run(WARM_UP)["wall"])
+        self.cold = max(COLD, math.ceil(COLD_SECONDS / pace))
+        self.turn = max(TURN, math.ceil(TURN_SECONDS / pace))
 
     def run(self, times: int) -> dict[str, Any]:
         """Seconds of that many runs."""
@@ -120,9 +134,9 @@ class Worker:
 
     def take_turn(self) -> None:
         """A turn, of which the first runs are not counted."""
-        taken = self.run(COLD + TURN)
-        self.wall.append(tuple(taken["wall"][COLD:]))
-        self.cpu.append(tuple(taken["cpu"][COLD:]))
+        taken = self.run(self.cold + self.turn)
+        self.wall.append(tuple(taken["wall"][self.cold :]))
+        self.cpu.append(tuple(taken["cpu"][self.cold :]))
 
     def end(self) -> Timing:
         """All that was measured; the process ends."""

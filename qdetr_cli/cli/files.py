@@ -81,7 +81,7 @@ def benchmark(
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images in one run.")] = None,
     threads: Threads = None,
-    runs: Annotated[int, typer.Option("--runs", min=3, help="Counted runs of each, in turns of 3.")] = 30,
+    runs: Annotated[int, typer.Option("--runs", min=3, help="Counted runs of each, or more, in turns.")] = 30,
     runtime: Annotated[
         list[str] | None,
         typer.Option(
