@@ -23,6 +23,7 @@ from qdetr_cli.exporting import (
     packed_folder,
     parse_batch,
     refuse_settings,
+    told,
 )
 from qdetr_cli.models import Source, open_model, parse_size
 from qdetr_cli.pipeline import load_plugins, open_split
@@ -32,7 +33,7 @@ from qdetr_cli.results import Benchmarked, DataSource, Exported, Listener
 def export(
     source: Source,
     *,
-    to: str,
+    to: str | None = None,
     out: Path,
     size: str | None = None,
     batch: str = "1",
@@ -43,16 +44,19 @@ def export(
 ) -> Exported:
     """Write a model as a file of a runtime, run it, and compare it with the model; or pack its weights.
 
-    With `data` the AP of both is measured. A file that differs by more than rounding is not kept.
+    What `to` and `size` leave open, the recipe of the model says. With `data` the AP of both is measured. A
+    file that differs by more than rounding is not kept.
     """
     began = time.perf_counter()
-    target: Target = check_target(to, out)
     wanted, images = parse_size(size), parse_batch(batch)
+    load_plugins(plugins)
+    model = open_model(source, listener.say) if to is None else None
+    to = to or told(model).to
+    target: Target = check_target(to, out)
     if not target.suffix:
         refuse_settings(to, {"--size": size is not None, "--data": data is not None, "--batch": batch != "1"})
-    load_plugins(plugins)
     evaluation = None if data is None else open_split(data, data.split, listener)
-    model = open_model(source, listener.say)
+    model = model or open_model(source, listener.say)
     check_space(out, model)
     if not target.suffix:
         return packed_folder(model, out, began)
@@ -60,7 +64,7 @@ def export(
         model,
         to,
         out,
-        export_size(model, wanted),
+        export_size(model, wanted or told(model).size),
         evaluation,
         threads,
         batch=images,

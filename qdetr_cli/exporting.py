@@ -22,6 +22,7 @@ from qdetr_cli.export.kernels import Kernels
 from qdetr_cli.export.metadata import Metadata
 from qdetr_cli.metrics import Metrics, measure
 from qdetr_cli.models import Model, known_classes, save_packed, trace_size, versions
+from qdetr_cli.recipe import Export
 from qdetr_cli.results import Exported, Listener
 from qdetr_cli.rewrite import set_enabled
 from qdetr_cli.runs import check_file, check_new, draft_files
@@ -125,6 +126,11 @@ def check_target(to: str, out: Path) -> Target:
         raise ExportError(f"--out {out}: --to {to} writes a file whose name ends in {target.suffix}")
     check_file(out, target.companions)
     return target
+
+
+def told(model: Model | None) -> Export:
+    """What the recipe of a model says of its export; a float model has none."""
+    return Export() if model is None or model.recipe is None else model.recipe.export
 
 
 def parse_batch(text: str) -> int | None:

@@ -188,8 +188,8 @@ class Journal:
         """All complete lines; a torn last line (the process was killed while writing) is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
             return [parse_json(line) for line in lines if line]
         except ValueError as error:
             raise RunError(f"{self.path}: is damaged ({error}); start again in another --out") from error

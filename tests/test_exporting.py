@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qdetr_cli.errors import ExportError
 from qdetr_cli.export.metadata import Metadata
 from qdetr_cli.models import Model, Source, open_model
 from qdetr_cli.processors import Processor
+from qdetr_cli.recipe import Export
 from qdetr_cli.scenes import write_scenes
 from qdetr_cli.sessions import open_session
 
@@ -125,6 +127,17 @@ def test_a_float_model_is_exported_as_float(world, tmp_path):
     assert "in ONNX Runtime" in text
     assert "in float: " in text
     assert f"{path}: written" in text
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("onnx", "m.onnx"), ("openvino", "m.xml")], ids=["onnx", "openvino"]
+)
+def test_what_no_flag_says_the_recipe_says(world, tmp_path, monkeypatch, to, name):
+    model = open_model(Source(str(world.quantized)), lambda text: None)
+    recipe = model.recipe.model_copy(update={"export": Export(to=to, size=(96, 64))})
+    monkeypatch.setattr(delivery, "open_model", lambda source, say: replace(model, recipe=recipe))
+    found = as_json("export", world.quantized, "-o", tmp_path / name)
+    assert (found["to"], found["size"]) == (to, [96, 64])
 
 
 def test_packed_is_a_folder_of_integers(world, opened, tmp_path):

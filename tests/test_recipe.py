@@ -475,3 +475,11 @@ def test_recipes_need_no_torch() -> None:
 
 def test_a_recipe_needs_nothing_but_its_schema() -> None:
     assert Recipe.model_validate({"schema": 1}).rules == ()
+
+
+def test_a_recipe_of_an_older_checkpoint_is_read():
+    """`quantizer_lr: null` was the rate of the weights before rates were relative."""
+    recipe = load_recipe("w4a4")
+    values = recipe.to_dict()
+    values["train"]["quantizer_lr"] = None
+    assert recipe_from_dict(values, source="qdetr.json") == recipe

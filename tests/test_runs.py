@@ -70,3 +70,10 @@ def test_journal_forgets_an_evaluation_that_will_be_made_again(tmp_path):
         journal.append(entry)
     journal.rewind(4, 2)
     assert journal.entries() == [{"step": 2, "metrics": 1}, {"step": 4}]
+
+
+def test_a_journal_that_is_no_text_is_refused(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(RunError, match="is damaged"):
+        journal.entries()

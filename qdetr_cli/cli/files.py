@@ -25,16 +25,21 @@ from qdetr_cli.cli.options import (
 @reported
 def export(
     model: Model,
-    to: Annotated[str, typer.Option("--to", show_default=False, help="onnx, openvino or packed.")],
     out: Annotated[
         Path,
         typer.Option(
             "--out", "-o", show_default=False, help="A new file: .onnx, or .xml; for packed a new folder."
         ),
     ],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="onnx, openvino or packed.", show_default="the recipe's, onnx"),
+    ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", metavar="HxW", help="The size of its images.", show_default="the plan's"),
+        typer.Option(
+            "--size", metavar="HxW", help="The size of its images.", show_default="the recipe's or plan's"
+        ),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Images in one run: a number, or any.")] = "1",
     data: MaybeData = None,

@@ -35,7 +35,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_dict(values: Mapping[str, Any], source: str) -> Recipe:
     """The recipe that `Recipe.to_dict` wrote; `source` names the manifest in messages."""
-    return _typed(tree(values, source), [], source)
+    return _typed(tree(_renewed(values), source), [], source)
+
+
+def _renewed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values without what older versions wrote: `quantizer_lr: null`, for the rate of the weights."""
+    train = values.get("train")
+    if not isinstance(train, Mapping) or train.get("quantizer_lr", 0) is not None:
+        return values
+    return {**values, "train": {name: each for name, each in train.items() if name != "quantizer_lr"}}
 
 
 def _lineage(path: Path, faults: list[Fault], chain: tuple[Path, ...], seen: set[Path]) -> list[Node | None]:
