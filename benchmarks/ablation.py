@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks.ablation_table import write_table
-from qdetr_cli import pipeline, report
+from qdetr_cli import pipeline, report, running
 from qdetr_cli.demo import SETTINGS, embedded
 from qdetr_cli.errors import RunError
 from qdetr_cli.models import Source
@@ -169,7 +169,7 @@ def _float_metrics(
     """AP50(voc-area) and AP of the float model, measured once."""
     path = runs / model.replace("/", "_") / "float.json"
     if not path.exists():
-        metrics = pipeline.evaluate(source, data=data, listener=page).metrics
+        metrics = running.evaluate(source, data=data, listener=page).metrics
         write_json(path, {"ap50_voc_area": metrics.ap50_voc_area, "ap": metrics.ap})
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     return float(found["ap50_voc_area"]), float(found["ap"])

@@ -26,8 +26,9 @@ from qdetr_cli.exporting import (
     told,
 )
 from qdetr_cli.models import Source, open_model, parse_size
-from qdetr_cli.pipeline import load_plugins, open_split
+from qdetr_cli.plugins import load as load_plugins
 from qdetr_cli.results import Benchmarked, DataSource, Exported, Listener
+from qdetr_cli.splits import open_split
 
 
 def export(

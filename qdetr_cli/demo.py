@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdetr_cli import pipeline
+from qdetr_cli import pipeline, running
 from qdetr_cli.errors import RecipeError, RunError
 from qdetr_cli.evaluate import Rung
 from qdetr_cli.metrics import Metrics
@@ -93,11 +93,11 @@ def run(
     )
     listener.say("3. which module group costs what before fine-tuning, and the fine-tuned model's AP")
     common: dict[str, Any] = {"data": data, "batch_size": 50, "device": device, "listener": listener}
-    ladder = pipeline.evaluate(Source(str(out / "ptq")), ladder=True, **common).ladder
+    ladder = running.evaluate(Source(str(out / "ptq")), ladder=True, **common).ladder
     student = Source(str(out / "qat" / "last"))
-    qat = pipeline.evaluate(student, **common)
+    qat = running.evaluate(student, **common)
     shown = sorted((scenes / "coco" / "val").iterdir())[:SHOWN_IMAGES]
-    predictions = pipeline.predict(student, shown, threshold=0.4, device=device, listener=listener)
+    predictions = running.predict(student, shown, threshold=0.4, device=device, listener=listener)
     assert ptq.before is not None
     assert ptq.after is not None
     return Demo(

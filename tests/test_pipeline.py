@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from tiny_runs import FAST, Told, listener, write_coco, write_model, write_original
 
-from qdetr_cli import checkpoint, pipeline, plugins
+from qdetr_cli import checkpoint, pipeline, plugins, running
 from qdetr_cli.checkpoint import load_float
+from qdetr_cli.data import open_data
 from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
 from qdetr_cli.manifest import read_manifest
 from qdetr_cli.models import Source, known_classes, open_model, source_of, torch_device, trace_size
@@ -266,7 +267,7 @@ def test_an_original_file_is_quantized_fine_tuned_and_evaluated(world, tmp_path,
     told = Told()
     world.finetune(tmp_path / "f", source, told=told)
     assert "new class head" not in told.text
-    result = pipeline.evaluate(
+    result = running.evaluate(
         Source(str(tmp_path / "f")), data=world.data, ladder=True, workers=0, listener=told
     )
     assert result.ladder[0].name == "float"
@@ -275,7 +276,7 @@ def test_an_original_file_is_quantized_fine_tuned_and_evaluated(world, tmp_path,
 
 def test_category_ids_index_original_heads_that_reach_them(world, tmp_path):
     source = Source(str(write_original(tmp_path / "detr.pth", classes=9)))
-    data = pipeline.open_data(world.data.path, split="val")
+    data = open_data(world.data.path, split="val")
     assert known_classes(open_model(source, print), data) == (3, 7)
 
 
@@ -336,7 +337,7 @@ def test_devices_that_are_not_there_are_refused(name):
 
 def test_predict_keeps_the_size_of_each_image(world, tmp_path):
     Image.new("RGB", (200, 30), "blue").save(tmp_path / "wide.png")
-    (found,) = pipeline.predict(world.quantized, [tmp_path / "wide.png"], threshold=0.0, listener=listener())
+    (found,) = running.predict(world.quantized, [tmp_path / "wide.png"], threshold=0.0, listener=listener())
     assert len(found.boxes) == 7
     assert max(box[2] for box in found.boxes) > 40
     assert max(box[3] for box in found.boxes) < 60

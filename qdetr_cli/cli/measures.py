@@ -51,10 +51,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """AP, AP per class, and with --ladder per-module AP deltas."""
-    from qdetr_cli import models, pipeline, report, results
+    from qdetr_cli import models, report, results, running
 
     page = report.Page(json=json)
-    result = pipeline.evaluate(
+    result = running.evaluate(
         models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm),
         data=results.DataSource(data, images=images, split=split),
         ladder=ladder,
@@ -91,10 +91,10 @@ def predict(
     json: Json = False,
 ) -> None:
     """Boxes drawn on images, and as JSON."""
-    from qdetr_cli import models, pipeline, report
+    from qdetr_cli import models, report, running
 
     page = report.Page(json=json)
-    found = pipeline.predict(
+    found = running.predict(
         models.source_of(model, original or (), heads=heads, dilation=dilation, pre_norm=pre_norm),
         images,
         threshold=threshold,
