@@ -8,7 +8,7 @@ import torch
 from tiny_detectors import CONFIGS
 from tiny_runs import SETS, as_json, refused, write_model, write_voc
 
-from qdetr_cli import models, pipeline, rewrite, student
+from qdetr_cli import models, pipeline, rewrite, running, student
 from qdetr_cli.families import FAMILIES, REFUSED
 
 RECIPE = ("--recipe", "w4a4_attn4")
@@ -43,6 +43,7 @@ def seen(monkeypatch) -> dict[str, list]:
 
     for module in (student, pipeline):
         monkeypatch.setattr(module, "save_model", saved)
+    for module in (student, pipeline, running):
         monkeypatch.setattr(module, "open_model", opened)
     traced = once(pipeline.trace)
     for module in (models, pipeline):
