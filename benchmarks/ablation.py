@@ -12,7 +12,7 @@ an interrupted one is resumed, and the same command started twice shares the que
 
 import argparse
 import csv
-import os
+import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,29 +177,14 @@ def _float_metrics(
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[bool]:
-    """True for the first process that asks for a folder; a claim whose process is gone is void."""
-    claim = folder / "claim"
-    if claim.exists() and not _alive(int(claim.read_text() or 0)):
-        claim.unlink(missing_ok=True)
-    try:
-        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        yield False
-        return
-    with os.fdopen(handle, "w") as file:
-        file.write(str(os.getpid()))
-    try:
+    """True for the first process that asks for a folder; the system lets go of it when that process ends."""
+    with (folder / "claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
         yield True
-    finally:
-        claim.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return process > 0
 
 
 def _measured(results: Path) -> set[tuple[str, ...]]:

@@ -1,167 +1,168 @@
-"""Latency in ONNX Runtime of exported files: float, its own static quantization of that, and ours; ratios.
+"""How fast exported files are beside the float file and other tools' 8-bit files, in one race; ratios.
 
-    python -m benchmarks.export_speed --model detr_r50 --recipes w8a8 w4a4 --threads 2
+    python -m benchmarks.export_speed --files FOLDER --build                         (all files, takes long)
+    python -m benchmarks.export_speed --files FOLDER --model detr_r50 --runtime both --threads 2
 
-Random weights, one image. The other quantization is `quantize_static`: pairs of QuantizeLinear and
-DequantizeLinear, uint8 by int8, per channel, of Conv, MatMul and Gemm. Runs take turns, so that whatever else
-the machine does meets all files alike; times are medians of seconds on the clock and of processor time.
+Random weights, one image of 640x640. Each file has a process of its own, loaded as `qdetr benchmark` loads it
+(float parts in OpenVINO as float32), and the processes take turns, so that whatever else the machine does
+meets all alike. Times are medians; a ratio is the median over the turns. Races are added to
+benchmarks/results/export_speed.json, and the newest of each kind make the table beside it.
 """
 
 import argparse
+import importlib.metadata
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
-import torch
-import transformers
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from benchmarks.detectors import MODELS
+from benchmarks.export_files import FLOAT, Raced, raced
+from qdetr_cli.benchmark.machine import machine
+from qdetr_cli.benchmark.turns import Candidate, measured
+from qdetr_cli.benchmark.worker import Job
 
-from benchmarks.step_time import batch, detr_r50, fake_quant
-from qdetr_cli.checkpoint import Detector, load_config_model
-from qdetr_cli.export.onnx_graph import marked, with_pairs
-from qdetr_cli.export.ort.prepare import prepared
-from qdetr_cli.export.ort.profile import kernels
-from qdetr_cli.export.program import exported
-
-OPERATIONS = ("Conv", "MatMul", "Gemm")
-RT_DETR: dict[str, dict[str, Any]] = {
-    "rt_detr_r18": {
-        "backbone": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
-        "detector": {
-            "decoder_layers": 3,
-            "encoder_in_channels": [128, 256, 512],
-            "hidden_expansion": 0.5,
-        },
-    },
-    "rt_detr_r50": {
-        "backbone": {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]},
-        "detector": {},
-    },
-}
-MODELS = ("detr_r50", *RT_DETR)
+RESULTS = Path(__file__).parent / "results" / "export_speed.json"
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+PACKAGES = ("onnxruntime", "openvino", "nncf", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One file: median seconds, and how many times as fast as the float file it is."""
+    """One file in a race: seconds on the clock and of all cores; by both how many times as fast as float."""
 
     name: str
     seconds: float
+    p90: float
     processor_seconds: float
     speedup: float
+    processor_speedup: float  # says more where others use the machine
+    peak_megabytes: float
     megabytes: float
-    integer: dict[str, tuple[int, int]]  # of each kind of layer: on integer kernels, all
+    integer: dict[str, tuple[int, int]]
 
 
 def main() -> None:
-    """Print a table, and write it as JSON."""
+    """Make what is missing; without --build race it, and write the table."""
+    arguments = _arguments()
+    runtimes = list(RUNTIMES) if arguments.runtime == "both" else [arguments.runtime]
+    for model in arguments.model or MODELS:
+        files = raced(model, runtimes, arguments.side, arguments.files)
+        for runtime in [] if arguments.build else runtimes:
+            own = [(card, path) for card, path in files if card.runtime == runtime]
+            for threads in arguments.threads:
+                began = machine()
+                rows = race(own, arguments.side, threads, arguments.runs)
+                found = {"model": model, "runtime": runtime, "threads": threads, "side": arguments.side}
+                _add(arguments.results, {**found, **_facts(began), "rows": [asdict(row) for row in rows]})
+                _show(found, rows)
+    if not arguments.build:
+        write_table(arguments.results)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="detr_r50")
-    parser.add_argument("--recipes", nargs="+", default=["w8a8"])
+    parser.add_argument("--files", type=Path, required=True, help="folder where the files are kept")
+    parser.add_argument("--build", action="store_true", help="make the files only")
+    parser.add_argument("--model", nargs="+", choices=MODELS)
+    parser.add_argument("--runtime", choices=(*RUNTIMES, "both"), default="both")
     parser.add_argument("--side", type=int, default=640)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        files = dict(written(arguments.model, arguments.recipes, arguments.side, Path(folder)))
-        rows = measured(files, arguments.side, arguments.threads, arguments.runs)
-    for row in rows:
-        print(f"{row.name:12} {1000 * row.seconds:8.1f} ms {row.speedup:6.2f} x float  {row.integer}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=2), encoding="utf-8")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
 
 
-def written(model: str, recipes: list[str], side: int, folder: Path) -> Iterator[tuple[str, Path]]:
-    """The name and place of each file, as they are made."""
-    detector = detr_r50() if model == "detr_r50" else rt_detr(model)
-    size, images = (side, side), batch(1, side)
-    plain = folder / "float.onnx"
-    onnx.save(with_pairs(marked(exported(detector.model.eval(), size, mask=False))), plain)
-    yield "float", plain
-    yield "static U8S8", static(plain, images.pixel_values, folder)
-    for recipe in recipes:
-        path = folder / f"{recipe}.onnx"
-        module = fake_quant(detector, recipe, images).eval()
-        onnx.save(prepared(with_pairs(marked(exported(module, size, mask=False)))), path)
-        yield recipe, path
-
-
-def rt_detr(name: str) -> Detector:
-    """RT-DETR with random weights."""
-    stages = ["stage2", "stage3", "stage4"]
-    backbone = transformers.RTDetrResNetConfig(out_features=stages, **RT_DETR[name]["backbone"])
-    config = transformers.RTDetrConfig(backbone_config=backbone, **RT_DETR[name]["detector"])
-    return load_config_model(config.to_dict(), None)
-
-
-class _Images(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, pixel_values: torch.Tensor) -> None:
-        self.images = iter([{"pixel_values": pixel_values.numpy()}])
-
-    def get_next(self) -> Any:
-        return next(self.images, None)
-
-
-def static(plain: Path, pixel_values: torch.Tensor, folder: Path) -> Path:
-    """ONNX Runtime's own quantization of a float file."""
-    ready, path = folder / "ready.onnx", folder / "static.onnx"
-    quant_pre_process(plain, ready, skip_symbolic_shape=True)
-    quantize_static(
-        ready,
-        path,
-        _Images(pixel_values),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=list(OPERATIONS),
-    )
-    return path
-
-
-def measured(files: dict[str, Path], side: int, threads: int, runs: int) -> list[Row]:
-    """The rows of the table."""
-    sessions = {name: _session(path, threads) for name, path in files.items()}
-    given = {"pixel_values": batch(1, side).pixel_values.numpy()}
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
-    for turn in range(runs + 1):
-        for name, session in sessions.items():
-            began, worked = time.perf_counter(), time.process_time()
-            session.run(None, given)
-            if turn:
-                taken[name].append((time.perf_counter() - began, time.process_time() - worked))
-    medians = {
-        name: tuple(statistics.median(each) for each in zip(*times, strict=True))
-        for name, times in taken.items()
-    }
+def race(files: Sequence[tuple[Raced, Path]], side: int, threads: int, runs: int) -> list[Row]:
+    """The rows of files of one runtime, in turns."""
+    timings = measured([_candidate(card, path, side, threads) for card, path in files], runs=runs)
+    reference = next(each for each in timings if each.candidate.name == FLOAT)
     return [
         Row(
-            name=name,
-            seconds=medians[name][0],
-            processor_seconds=medians[name][1],
-            speedup=medians["float"][0] / medians[name][0],
-            megabytes=path.stat().st_size / 1e6,
-            integer={kind: found.count(kind) for kind in found.kinds()},
+            name=card.name,
+            seconds=timing.median,
+            p90=timing.p90,
+            processor_seconds=timing.cpu_median,
+            speedup=timing.speedup(reference),
+            processor_speedup=reference.cpu_median / timing.cpu_median,
+            peak_megabytes=timing.peak_memory_mb,
+            megabytes=card.megabytes,
+            integer=card.integer,
         )
-        for name, path in files.items()
-        for found in (kernels(path),)
+        for (card, _), timing in zip(files, timings, strict=True)
     ]
 
 
-def _session(path: Path, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def _candidate(card: Raced, path: Path, side: int, threads: int) -> Candidate:
+    job = Job(
+        runtime=card.runtime,
+        path=str(path.resolve()),
+        threads=threads,
+        batch=1,
+        size=(side, side),
+        original={},
+        plugins=(),
+    )
+    return Candidate(
+        name=card.name,
+        job=job,
+        quantized=card.name != FLOAT,
+        size_bytes=round(1e6 * card.megabytes),
+        origin=card.file,
+        family="",
+    )
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    when = datetime.now(UTC).isoformat(timespec="minutes")
+    return {"when": when, "commit": commit, "machine": found, "versions": versions}
+
+
+def _add(results: Path, race: dict[str, Any]) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    races = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    results.write_text(json.dumps([*races, race], indent=1) + "\n", encoding="utf-8")
+
+
+def _show(found: dict[str, Any], rows: Sequence[Row]) -> None:
+    print(f"{found['model']} in {RUNTIMES[found['runtime']]}, {found['threads']} threads", flush=True)
+    for row in rows:
+        clock = f"{1000 * row.seconds:8.1f} ms {row.speedup:5.2f} x float"
+        cores = f"{1000 * row.processor_seconds:8.1f} ms {row.processor_speedup:5.2f} x of all cores"
+        print(f"  {row.name:36} {clock} {cores}  {row.integer}", flush=True)
+
+
+def write_table(results: Path) -> None:
+    """Write `<results>.md`: of each kind of race the newest."""
+    races = json.loads(results.read_text(encoding="utf-8"))
+    kinds = sorted({(each["runtime"], each["threads"]) for each in races})
+    tables = (
+        _table(*kind, {each["model"]: each for each in races if (each["runtime"], each["threads"]) == kind})
+        for kind in kinds
+    )
+    results.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
+
+
+def _table(runtime: str, threads: int, races: dict[str, Any]) -> str:
+    """Milliseconds, and in parentheses how many times as fast as float."""
+    rows = {model: {row["name"]: row for row in race["rows"]} for model, race in races.items()}
+    names = list(dict.fromkeys(name for named in rows.values() for name in named))
+    title = f"{RUNTIMES[runtime]}, {threads} thread{'s' if threads > 1 else ''}"
+    lines = [f"| {title} | {' | '.join(rows)} |", "| --- " * (len(rows) + 1) + "|"]
+    for name in names:
+        cells = [_cell(named[name]) if name in named else "" for named in rows.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{1000 * row['seconds']:.0f} ms ({row['speedup']:.2f} x)"
 
 
 if __name__ == "__main__":

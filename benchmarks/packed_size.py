@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step_time import detr_r50
+from benchmarks.detectors import detr_r50
 from qdetr_cli.layers import Quantized
 from qdetr_cli.manifest import WEIGHTS
 from qdetr_cli.models import Model, quantized, save_packed

@@ -245,7 +245,14 @@ def shaken(data, seed=1, strays=110):
     return detections
 
 
-def test_coco_as_pycocotools_on_the_file(coco_root):
+@pytest.fixture(params=["pycocotools", "faster-coco-eval"])
+def counted_by(request, monkeypatch):
+    """Which library counts; what is installed decides."""
+    if request.param == "pycocotools":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def test_coco_as_pycocotools_on_the_file(coco_root, counted_by):
     data = open_data(coco_root)
     assert data.records[0].difficult.any() or data.records[1].difficult.any()
     detections = shaken(data)
@@ -277,6 +284,17 @@ def test_perfect_detections_score_one():
     assert metrics.ap == pytest.approx(1)
     assert metrics.ap50_voc_area == 1
     assert metrics.ap50_voc07 == 1
+
+
+def test_both_libraries_give_the_same_numbers(coco_root, monkeypatch):
+    data = open_data(coco_root)
+    fast, asked = coco_metrics(data, shaken(data)), []
+    monkeypatch.setattr("importlib.util.find_spec", asked.append)
+    slow = coco_metrics(data, shaken(data))
+    assert asked == ["faster_coco_eval"]
+    assert fast.numbers == pytest.approx(slow.numbers, rel=0, abs=1e-12)
+    np.testing.assert_allclose(fast.ap, slow.ap, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(fast.ap50, slow.ap50, rtol=0, atol=1e-12)
 
 
 def test_difficult_objects_of_voc_are_ignored_by_coco_too():

@@ -1,6 +1,11 @@
-"""COCO's numbers, by pycocotools, silently. Shape letter: C classes."""
+"""COCO's numbers, by pycocotools, silently. Shape letter: C classes.
+
+Where faster-coco-eval is installed (`pip install "qdetr[fast]"`) it counts instead: the same numbers to
+1e-12, about ten times as fast, which shows from some thousand images on.
+"""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +51,7 @@ def coco_metrics(data: DetectionData, detections: Sequence[Detections]) -> CocoS
     its numbers are those of pycocotools on the file, even where a converter wrote one.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = _Evaluation(_index(_ground_truth(data), data), _index(_found(detections), data), "bbox")
+        evaluation = _evaluation(_ground_truth(data), _found(detections), data)
         evaluation.params.imgIds = [record.image_id for record in data.records]
         evaluation.params.catIds = list(range(len(data.class_names)))
         evaluation.evaluate()
@@ -55,7 +60,7 @@ def coco_metrics(data: DetectionData, detections: Sequence[Detections]) -> CocoS
     precision = evaluation.eval["precision"]  # (10 IoU, 101 recall, C, 4 areas, 3 numbers of detections)
     precision = precision[:, :, :, 0, -1]  # (10, 101, C): of every area, with 100 detections
     return CocoScores(
-        numbers={name: float(value) for name, value in zip(_COCO_NAMES, evaluation.stats, strict=True)},
+        numbers={name: float(value) for name, value in zip(_COCO_NAMES, evaluation.stats[:12], strict=True)},
         ap=_class_means(precision),
         ap50=_class_means(precision[_IOU50 : _IOU50 + 1]),
     )
@@ -67,8 +72,18 @@ def _class_means(precision: Reals) -> Reals:
     return np.array([mean_of(column) for column in columns])
 
 
-def _index(annotations: list[dict[str, Any]], data: DetectionData) -> COCO:
-    coco = COCO()
+def _evaluation(truth: list[dict[str, Any]], found: list[dict[str, Any]], data: DetectionData) -> Any:
+    """The evaluation that counts: the fast one knows of crowds, but of nothing else to ignore."""
+    if importlib.util.find_spec("faster_coco_eval") and not any(each["difficult"] for each in truth):
+        import faster_coco_eval
+
+        known = [_index(each, data, faster_coco_eval.COCO) for each in (truth, found)]
+        return faster_coco_eval.COCOeval_faster(*known, "bbox")
+    return _Evaluation(_index(truth, data, COCO), _index(found, data, COCO), "bbox")
+
+
+def _index(annotations: list[dict[str, Any]], data: DetectionData, kind: Any) -> Any:
+    coco = kind()
     coco.dataset = {
         "images": [{"id": record.image_id} for record in data.records],
         "categories": [{"id": c, "name": name} for c, name in enumerate(data.class_names)],
