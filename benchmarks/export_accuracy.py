@@ -1,7 +1,7 @@
 """AP of exported 8-bit files beside ONNX Runtime's and NNCF's own quantization of the same float model.
 
     python -m benchmarks.export_accuracy runs/export --models conditional_detr d_fine --seeds 0 1 2
-    python -m benchmarks.export_accuracy runs/export --qat 4-4-8=RUN/last
+    python -m benchmarks.export_accuracy runs/export --models --qat 4-4-8=RUN/last
 
 Each seed draws 256 calibration images from the training split, the same for all; every file is then run in
 its own runtime on the evaluation split, as `qdetr eval` does. `--qat` adds fine-tuned checkpoints.
@@ -26,6 +26,7 @@ import torch
 from benchmarks.peers import PEERS, Feed
 from qdetr_cli import pipeline, report
 from qdetr_cli.artefact import open_artefact, padded
+from qdetr_cli.calibrate import chosen
 from qdetr_cli.data import DetectionData, ImageSet, Processor, Sample, collate
 from qdetr_cli.demo import TRAIN_IMAGES, VAL_IMAGES, embedded
 from qdetr_cli.evaluate import detect_all
@@ -34,6 +35,7 @@ from qdetr_cli.export.program import exported
 from qdetr_cli.exporting import export_size, metadata_of, write
 from qdetr_cli.metrics import Metrics, measure
 from qdetr_cli.models import Model, Source, open_model, trace_size
+from qdetr_cli.recipe import Calibrate
 from qdetr_cli.results import DataSource
 from qdetr_cli.running import bench_of
 from qdetr_cli.scenes import write_scenes
@@ -86,7 +88,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the files, and of the scenes")
-    parser.add_argument("--models", nargs="+", default=["conditional_detr", "d_fine"])
+    parser.add_argument("--models", nargs="*", default=["conditional_detr", "d_fine"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--qat", nargs="+", default=[], metavar="NAME=FOLDER", help="fine-tuned checkpoints")
@@ -163,10 +165,9 @@ def calibration(plain: Path, seed: int, setting: Setting) -> list[Feed]:
     artefact = open_artefact(plain, threads=1)
     split = open_split(setting.data, setting.data.train, setting.page)
     images = ImageSet(split, artefact.detector.processor, range(len(split.class_names)))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     inputs = artefact.session.inputs
     feeds: list[Feed] = []
-    for index in sorted(order[:IMAGES].tolist()):
+    for index in chosen(len(images), Calibrate(images=IMAGES, seed=seed)):
         batch = collate([images[index]])
         pixels = padded(batch.pixel_values, inputs.size).numpy()
         feeds.append(inputs.feed(pixels, padded(batch.pixel_mask, inputs.size).numpy()))

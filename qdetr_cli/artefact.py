@@ -53,6 +53,7 @@ def open_artefact(path: Path, threads: int | None = None) -> Artefact:
             "it; write it with `qdetr export`"
         )
     metadata, pixels = _told(path, session.metadata)
+    _check_classes(path, metadata, session)
     family = family_of(metadata.family)
     detector = Detector(
         model=FileDetector(session),
@@ -148,6 +149,17 @@ def filled(images: Any, count: int) -> Any:
     """The images, the last of them again until there are `count`: padding alone is nothing to attend to."""
     missing = count - len(images)
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
+
+
+def _check_classes(path: Path, metadata: Metadata, session: Session) -> None:
+    """Raise ExportError where the file names classes that it does not tell."""
+    count = session.classes
+    strange = [index for index in metadata.class_names if index < 0 or (count is not None and index >= count)]
+    if strange or not metadata.class_names:
+        raise ExportError(
+            f"{path}: its qdetr metadata names {f'class {strange[0]}' if strange else 'no class'}, and its "
+            f"logits have {count or 'any number of'} classes; export it again"
+        )
 
 
 def _told(path: Path, text: str) -> tuple[Metadata, Processor]:

@@ -71,7 +71,7 @@ def _run(
     for quantizer in off:
         quantizer.enabled = False
     try:
-        for batch in same_size_batches(images, _chosen(len(images), spec), spec.batch_size):
+        for batch in same_size_batches(images, chosen(len(images), spec), spec.batch_size):
             batch = batch.to(device)
             model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
             advance(len(batch.image_ids))
@@ -80,6 +80,7 @@ def _run(
             quantizer.enabled = True
 
 
-def _chosen(count: int, spec: Calibrate) -> list[int]:
+def chosen(count: int, spec: Calibrate) -> list[int]:
+    """Which of `count` images calibration sees, in its order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(spec.seed))
     return sorted(order[: spec.images].tolist())

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qdetr_cli import pipeline, running
+from qdetr_cli.devices import torch_device
 from qdetr_cli.errors import RecipeError, RunError
 from qdetr_cli.evaluate import Rung
 from qdetr_cli.metrics import Metrics
-from qdetr_cli.models import Source, torch_device, versions
+from qdetr_cli.models import Source, versions
 from qdetr_cli.recipe import load_recipe
 from qdetr_cli.results import DataSource, Listener, PredictedImage
 from qdetr_cli.runs import new_folder

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # `report` answers without torch
     from qdetr_cli.benchmark.turns import Timing
     from qdetr_cli.demo import Demo
     from qdetr_cli.evaluate import Rung
+    from qdetr_cli.export.floats import FloatOperation
     from qdetr_cli.export.kernels import Kernels
     from qdetr_cli.results import Benchmarked, Evaluated, Exported, Inspection, PredictedImage
     from qdetr_cli.storage import Storage
@@ -127,7 +128,7 @@ def export_dict(result: Exported) -> dict[str, Any]:
         "size": None if result.size is None else list(result.size),
         "size_mb": _mega(result.bytes),
         "float_size_mb": _mega(result.float_bytes),
-        "kernels": None if result.kernels is None else kernels_dict(result.kernels),
+        "kernels": None if result.kernels is None else kernels_dict(result.kernels, result.floats),
         "parity": None if result.parity is None else result.parity.to_dict(),
         "metrics": {name: metrics.to_dict() for name, metrics in result.metrics.items()},
         "seconds": round(result.seconds, 1),
@@ -135,13 +136,13 @@ def export_dict(result: Exported) -> dict[str, Any]:
     }
 
 
-def kernels_dict(kernels: Kernels) -> dict[str, Any]:
-    """Of each kind how many operations run on integer kernels, and the names of those that do not."""
+def kernels_dict(kernels: Kernels, floats: Sequence[FloatOperation]) -> dict[str, Any]:
+    """Of each kind how many operations run on integer kernels; which do not, and why ("": though planned)."""
     kinds = {kind: kernels.count(kind) for kind in kernels.kinds()}
     return {
         "runtime": kernels.runtime,
         **{kind: {"integer": integer, "all": every} for kind, (integer, every) in kinds.items()},
-        "float": [{"name": each.name, "kind": each.kind, "kernel": each.kernel} for each in kernels.floats()],
+        "float": [{"path": each.path, "reason": each.reason, **asdict(each.operation)} for each in floats],
     }
 
 

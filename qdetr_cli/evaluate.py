@@ -14,6 +14,7 @@ from qdetr_cli.data import Batch, DetectionData, ImageSet, collate
 from qdetr_cli.families import Family, post_process
 from qdetr_cli.metrics import Detections, Metrics, measure
 from qdetr_cli.plan import Plan
+from qdetr_cli.processes import from_first, gathered, rank, world
 from qdetr_cli.rewrite import set_enabled
 
 TOP_K = 100  # detections per image, as COCO counts
@@ -48,10 +49,30 @@ class Bench:
     metrics: tuple[str, ...] = ()
 
     def batches(self) -> "DataLoader[Any]":
-        """Every image once, in order."""
+        """The batches of this process: of all images in order, every n-th batch with n processes.
+
+        A batch holds the same images whatever n is, and so is padded alike.
+        """
+        order = range(len(self.images))
+        whole = [list(order[start : start + self.batch_size]) for start in order[:: self.batch_size]]
         return DataLoader(
-            self.images, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate
+            self.images,
+            batch_sampler=whole[rank() :: world()],
+            num_workers=self.workers,
+            collate_fn=collate,
         )
+
+    def in_order(self, own: "list[list[Detections]]") -> list[Detections]:
+        """The detections of all images in order, from those of each of this process's batches."""
+        shares = gathered(own)
+        rounds = max(len(share) for share in shares)
+        batches = [share[turn] for turn in range(rounds) for share in shares if turn < len(share)]
+        return [each for batch in batches for each in batch]
+
+    def seen(self, turn: int) -> int:
+        """How many images all processes together see with their batch number `turn`."""
+        together = self.batch_size * world()
+        return min(together, len(self.images) - turn * together)
 
 
 def evaluate(
@@ -64,7 +85,7 @@ def evaluate(
 ) -> Metrics:
     """The metrics of `model` on the bench."""
     found = detect_all(model, family, bench, device=device, advance=advance)
-    return measure(bench.data, found, bench.metrics)
+    return from_first(lambda: measure(bench.data, found, bench.metrics))
 
 
 def detect_all(
@@ -76,11 +97,11 @@ def detect_all(
     advance: Advance = lambda done: None,
 ) -> list[Detections]:
     """The detections of `model` on every image of the bench, in order."""
-    found: list[Detections] = []
-    for batch in bench.batches():
-        found += detect(model, family, batch.to(device), bench.class_index)
-        advance(len(batch.image_ids))
-    return found
+    found: list[list[Detections]] = []
+    for turn, batch in enumerate(bench.batches()):
+        found.append(detect(model, family, batch.to(device), bench.class_index))
+        advance(bench.seen(turn))
+    return bench.in_order(found)
 
 
 @torch.no_grad()
@@ -113,14 +134,15 @@ def ladder(
     groups = ladder_groups(plan)
     rungs = list(_rungs(tuple(groups)))
     settings = sorted({on for _, _, on in rungs}, key=lambda on: (len(on), sorted(on)))
-    found: dict[frozenset[str], list[Detections]] = {on: [] for on in settings}
-    for batch in bench.batches():
+    own: dict[frozenset[str], list[list[Detections]]] = {on: [] for on in settings}
+    for turn, batch in enumerate(bench.batches()):
         batch = batch.to(device)
         for on in settings:
             with only(model, groups, on):
-                found[on] += detect(model, family, batch, bench.class_index)
-        advance(len(batch.image_ids))
-    measured = {on: measure(bench.data, each) for on, each in found.items()}
+                own[on].append(detect(model, family, batch, bench.class_index))
+        advance(bench.seen(turn))
+    found = {on: bench.in_order(each) for on, each in own.items()}
+    measured = from_first(lambda: {on: measure(bench.data, each) for on, each in found.items()})
     climbed = tuple(
         Rung(name=name, kind=kind, groups=tuple(g for g in groups if g in on), metrics=measured[on])
         for name, kind, on in rungs

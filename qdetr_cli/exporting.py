@@ -18,6 +18,7 @@ from qdetr_cli.artefact import Artefact, Canvas, open_artefact, padded
 from qdetr_cli.data import Batch, DetectionData, ImageSet, Processor, Sample, collate, prepare_image
 from qdetr_cli.errors import ExportError, RunError
 from qdetr_cli.evaluate import Bench, detect_all
+from qdetr_cli.export.floats import explained
 from qdetr_cli.export.kernels import Kernels
 from qdetr_cli.export.metadata import Metadata
 from qdetr_cli.metrics import Metrics, measure
@@ -27,7 +28,7 @@ from qdetr_cli.results import Exported, Listener
 from qdetr_cli.rewrite import set_enabled
 from qdetr_cli.runs import check_file, check_new, draft_files
 from qdetr_cli.scenes import scene
-from qdetr_cli.sessions import KEY, package
+from qdetr_cli.sessions import KEY, TITLES, package
 
 if TYPE_CHECKING:  # it needs the extra [export]
     from qdetr_cli.export.parity import Parity
@@ -77,6 +78,13 @@ def exported_file(
         parity = compared(model, artefact, sample(artefact.detector.processor, data, size))
         metrics = {} if data is None else both_metrics(model, artefact, data, listener)
         used = kernels(to, draft)
+    floats = explained(used, model.plan)
+    for each in floats:
+        if not each.reason:
+            listener.say(
+                f"WARNING: {each.path} is planned in integers, and {TITLES[used.runtime]} runs its "
+                f"{each.operation.kind} in float ({each.operation.kernel})"
+            )
     files = (out, *(out.with_suffix(each) for each in target.companions))
     return Exported(
         to=to,
@@ -86,6 +94,7 @@ def exported_file(
         bytes=sum(each.stat().st_size for each in files),
         float_bytes=float_bytes(model),
         kernels=used,
+        floats=floats,
         parity=parity,
         metrics=metrics,
         seconds=time.perf_counter() - began,
@@ -105,6 +114,7 @@ def packed_folder(model: Model, out: Path, began: float) -> Exported:
         bytes=sum(each.stat().st_size for each in files),
         float_bytes=float_bytes(model),
         kernels=None,
+        floats=(),
         parity=None,
         metrics={},
         seconds=time.perf_counter() - began,

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qdetr_cli.box_counts import box_counts, divided_by_all
 from qdetr_cli.data import Batch
-from qdetr_cli.errors import DivergedError, RunError
+from qdetr_cli.errors import RunError
 from qdetr_cli.families import Family
 from qdetr_cli.features import Features, recorded
 from qdetr_cli.matching import Predictions
@@ -108,9 +109,9 @@ def _loss_in_forward(model: nn.Module, family: Family, auxiliary: bool) -> Itera
         if not auxiliary:  # denoising queries have auxiliary losses alone; DEIMv2 would match them as well
             real = _real_queries(logits.shape[1], rest.pop("denoising_meta_values", None))
             logits, boxes = logits[:, real], boxes[:, real]
-        if not (logits.isfinite().all() and boxes.isfinite().all()):
-            raise DivergedError("the predictions are not finite")  # the matcher would not say so
-        with torch.autocast(device_type=torch.device(device).type, enabled=False):
+        finite = bool(logits.isfinite().all() and boxes.isfinite().all())  # the matcher would not say so
+        counts = box_counts(labels, logits.shape[1], finite=finite)
+        with divided_by_all(counts), torch.autocast(device_type=torch.device(device).type, enabled=False):
             floats = [None if stack is None else stack.float() for stack in stacks]
             rest = {name: _as_float(value) for name, value in rest.items()}
             return own(logits.float(), labels, device, boxes.float(), wanted, *floats, **rest)

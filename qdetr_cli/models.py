@@ -40,7 +40,6 @@ from qdetr_cli.sessions import is_exported
 from qdetr_cli.trace import GraphFacts, trace
 
 Say = Callable[[str], None]
-DEVICES = ("cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,26 +267,6 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of a flag; `auto` is CUDA where there is one. Raises RunError for what is not there.
-
-    A numbered CUDA device becomes the current one, which is where accelerate trains.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unavailable = RunError(f"--device {name}: is not available here; choose auto, cpu, cuda, cuda:N or mps")
-    if name.partition(":")[0] not in DEVICES:
-        raise unavailable
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise unavailable from error
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _fake_quant(folder: Path, manifest: Manifest, source: Source) -> Model:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdetr_cli.box_counts import box_counts, divided_by_all
 from qdetr_cli.errors import RecipeError
 from qdetr_cli.families import Family
 from qdetr_cli.losses import decoder_layers
@@ -72,7 +73,8 @@ class AuxiliaryQueries(nn.Module):
             {name: _repeat(value, self.spec.copies) for name, value in each.items()} for each in labels
         ]
         stacks = (logits.float(), boxes.float())
-        with torch.autocast(device_type=logits.device.type, enabled=False):
+        counts = box_counts(repeated, logits.shape[2], finite=True)
+        with divided_by_all(counts), torch.autocast(device_type=logits.device.type, enabled=False):
             found = model.loss_function(
                 stacks[0][-1],
                 repeated,

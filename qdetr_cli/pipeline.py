@@ -9,6 +9,7 @@ import torch
 
 from qdetr_cli import plugins
 from qdetr_cli.data import DetectionData
+from qdetr_cli.devices import torch_device
 from qdetr_cli.errors import RecipeError, RunError
 from qdetr_cli.evaluate import evaluate as evaluate_model
 from qdetr_cli.losses import check_trainable
@@ -25,11 +26,11 @@ from qdetr_cli.models import (
     parse_size,
     quantized,
     save_model,
-    torch_device,
     trace_size,
 )
 from qdetr_cli.plan import make_plan
 from qdetr_cli.plugins import load as load_plugins
+from qdetr_cli.processes import from_first, jointly, make_alike, world
 from qdetr_cli.recipe import Recipe, load_recipe
 from qdetr_cli.results import DataSource, Finetuned, Inspection, Listener, Quantized
 from qdetr_cli.running import bench_of
@@ -70,6 +71,7 @@ def inspect(
     return Inspection(detector=model.detector, facts=facts, plan=plan, recipe=chosen, storage=storage)
 
 
+@jointly
 def quantize(
     source: Source,
     *,
@@ -88,22 +90,25 @@ def quantize(
         raise RecipeError(
             f"{recipe}: quantizes nothing, so there is nothing to calibrate; choose another recipe"
         )
-    check_new(out)
+    from_first(lambda: check_new(out))
     training = open_split(data, data.train, listener)
     evaluation = measured_on(data, training, listener) if measured else None
     model = open_model(source, listener.say)
     must_be_float(model, source)
     model = fitted_to(model, training, listener.say)
+    make_alike(model.module)  # a new class head is drawn
     model.module.to(where)
     before = None if evaluation is None else _ap(model, evaluation, where, "float", listener)
     model = quantized(model, chosen, trace_size(model), listener.say)
     silent = calibrated(model, training, where, listener)
     after = None if evaluation is None else _ap(model, evaluation, where, "calibrated", listener)
-    save_model(model.module, model, out, chosen, after)
-    assert model.plan is not None
-    return Quantized(folder=out, plan=model.plan, silent=silent, before=before, after=after)
+    plan = model.plan
+    assert plan is not None
+    from_first(lambda: save_model(model.module, model, out, chosen, after))
+    return Quantized(folder=out, plan=plan, silent=silent, before=before, after=after)
 
 
+@jointly
 def finetune(
     source: Source,
     *,
@@ -121,11 +126,11 @@ def finetune(
     extra = [] if teacher is None else [f"distill.teacher={teacher}"]
     chosen, where = _recipe(recipe, [*overrides, *extra], plugins), torch_device(device)
     settings = _settings(source, chosen, data)
-    if resume and not resumes(out, settings):
+    if resume and not from_first(lambda: resumes(out, settings)):
         listener.say(f"{out}: was stopped before its first checkpoint, so it begins again")
         resume = False
     elif not resume:
-        check_free(out)
+        from_first(lambda: check_free(out))
     training = open_split(data, data.train, listener)
     evaluation = measured_on(data, training, listener)
     opened = open_model(source, listener.say)
@@ -133,6 +138,7 @@ def finetune(
     check_trainable(opened.family)
     model = fitted_to(opened, training, listener.say)
     known_classes(model, evaluation)
+    make_alike(model.module)  # a new class head is drawn
     mentor = teacher_of(chosen, model, listener, new_head=model is not opened)
     model.module.to(where)
     model = under_recipe(chosen, model, source, training, where, listener, resume=resume)
@@ -152,7 +158,7 @@ def finetune(
         watch=listener,
     )
     if not resume:
-        begin_run(out, settings)
+        from_first(lambda: begin_run(out, settings))
     with listener.training():
         fit = trainer.fit(resume=resume)
     return Finetuned(folder=out, plan=model.plan, fit=fit)
@@ -211,7 +217,7 @@ def _ap(
 
 
 def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any]:
-    """What `run.json` holds, and what a resumed run must agree with."""
+    """What `run.json` holds, and what a resumed run must agree with: the images of a step, however shared."""
     return {
         "model": source.model,
         "original": dict(source.original),
@@ -220,4 +226,5 @@ def _settings(source: Source, chosen: Recipe, data: DataSource) -> dict[str, Any
         "train_split": data.train,
         "split": data.split,
         "recipe": chosen.to_dict(),
+        "images_per_step": chosen.train.batch_size * chosen.train.accumulate * world(),
     }

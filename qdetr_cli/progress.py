@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdetr_cli.errors import RunError
 from qdetr_cli.oscillation import OscillationFreezer
+from qdetr_cli.processes import gathered, rank
 from qdetr_cli.schedule import MovingAverage, random_state, restore_random_state
 
 
@@ -37,14 +38,17 @@ class Progress:
     position: Position = field(default_factory=Position)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, with the tensors themselves; only plain values and tensors."""
+        """Everything, with the tensors themselves; only plain values and tensors.
+
+        A meeting of all processes.
+        """
         return {
             "model": self.model.state_dict(),
             "extras": self.extras.state_dict(),
             "groups": self._groups(),
             "optimizer": self.optimizer.state_dict(),
             **{name: each.state_dict() for name, each in self._optional().items()},
-            "random": random_state(self.device),
+            "random": gathered(random_state(self.device)),
             "position": asdict(self.position),
         }
 
@@ -62,8 +66,16 @@ class Progress:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, each in self._optional().items():
             each.load_state_dict(state[name])
-        restore_random_state(state["random"], self.device)
         self.position = Position(**state["position"])
+        states = state["random"]
+        self._draw_on([states] if isinstance(states, dict) else states)
+
+    def _draw_on(self, states: list[dict[str, Tensor]]) -> None:
+        """Go on with the random numbers of this process; one more than there were begins with its own."""
+        if rank() < len(states):
+            restore_random_state(states[rank()], self.device)
+        else:
+            torch.manual_seed(1_000_003 * self.position.step + rank())
 
     def _optional(self) -> dict[str, Any]:
         parts = {"average": self.average, "oscillation": self.oscillation, "scaler": self.scaler}

@@ -32,6 +32,7 @@ from qdetr_cli.documents import (
     prediction_dict,
 )
 from qdetr_cli.errors import RunError
+from qdetr_cli.launch import is_first
 from qdetr_cli.runs import write_json
 from qdetr_cli.tables import (
     benchmark_lines,
@@ -71,14 +72,18 @@ SHOWN_TERMS = 6  # loss terms beside the progress bar
 
 
 class Page:
-    """Where one command shows its result: a console; with `json` one object on stdout, the rest on stderr."""
+    """Where one command shows its result: a console; with `json` one object on stdout, the rest on stderr.
+
+    Of several processes the first shows and writes it.
+    """
 
     def __init__(self, *, json: bool = False, tensorboard: Path | None = None) -> None:
         self.json = json
-        self.console = Console(stderr=json, soft_wrap=False, emoji=False)
+        self.silent = not is_first()
+        self.console = Console(stderr=json, soft_wrap=False, emoji=False, quiet=self.silent)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._new_writer = _tensorboard(tensorboard)
+        self._new_writer = _tensorboard(None if self.silent else tensorboard)
         self._writer: Any = None
 
     # --- while it happens (pipeline.Listener) ---
@@ -178,7 +183,7 @@ class Page:
         from qdetr_cli.plots import plot_ladder
 
         body = evaluation_dict(result)
-        if out is not None:
+        if out is not None and not self.silent:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "metrics.json", body)
             write_json(out / "detections.json", coco_results(result))
@@ -217,7 +222,7 @@ class Page:
             return self._object(export_dict(result))
         if result.kernels is not None:
             self.console.print(kernel_table(result.kernels))
-            self._lines(float_lines(result.kernels))
+            self._lines(float_lines(result.floats))
         if result.parity is not None:
             self._lines(parity_lines(result.parity))
         if result.metrics:
@@ -293,7 +298,8 @@ class Page:
     # --- parts ---
 
     def _object(self, body: Mapping[str, Any]) -> None:
-        sys.stdout.write(json_module.dumps(body, indent=2, allow_nan=False) + "\n")
+        if not self.silent:
+            sys.stdout.write(json_module.dumps(body, indent=2, allow_nan=False) + "\n")
 
     def _lines(self, lines: Iterable[str]) -> None:
         for line in lines:

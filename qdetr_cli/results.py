@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qdetr_cli.benchmark.turns import Timing
 from qdetr_cli.checkpoint import Detector
 from qdetr_cli.evaluate import Rung
+from qdetr_cli.export.floats import FloatOperation
 from qdetr_cli.export.kernels import Kernels
 from qdetr_cli.metrics import Detections, Metrics
 from qdetr_cli.plan import Plan
@@ -119,6 +120,7 @@ class Exported:
     bytes: int  # of all files
     float_bytes: int  # of the weights and biases as float32
     kernels: Kernels | None
+    floats: tuple[FloatOperation, ...]  # of the kernels, those in float, with the reason
     parity: "Parity | None"
     metrics: dict[str, Metrics]  # of "model" and "file"
     seconds: float

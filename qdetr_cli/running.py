@@ -8,18 +8,21 @@ import torch
 from qdetr_cli import plugins
 from qdetr_cli.artefact import open_artefact
 from qdetr_cli.data import DetectionData, ImageSet, image_files, single_image
+from qdetr_cli.devices import torch_device
 from qdetr_cli.errors import CheckpointError, RunError
 from qdetr_cli.evaluate import Bench, Rung, detect, detect_all
 from qdetr_cli.evaluate import ladder as climb
 from qdetr_cli.metrics import measure
-from qdetr_cli.models import Model, Source, known_classes, open_model, torch_device
+from qdetr_cli.models import Model, Source, known_classes, open_model
 from qdetr_cli.plugins import load as load_plugins
+from qdetr_cli.processes import from_first, jointly
 from qdetr_cli.results import DataSource, Evaluated, Listener, PredictedImage
 from qdetr_cli.runs import check_new
 from qdetr_cli.sessions import is_exported
 from qdetr_cli.splits import open_split
 
 
+@jointly
 def evaluate(
     source: Source,
     *,
@@ -41,7 +44,7 @@ def evaluate(
     load_plugins(plugins)
     _check_metrics(metrics)
     if out is not None:
-        check_new(out)
+        from_first(lambda: check_new(out))
     where = _device(source, device)
     evaluation = open_split(data, data.split, listener)
     model = _runnable(source, threads, listener)
@@ -56,7 +59,7 @@ def evaluate(
         else:
             found = detect_all(model.module, model.family, bench, device=where, advance=advance)
     return Evaluated(
-        metrics=measure(evaluation, found, metrics),
+        metrics=from_first(lambda: measure(evaluation, found, metrics)),
         detections=tuple(found),
         category_ids=evaluation.category_ids,
         images=len(bench.images),

@@ -14,6 +14,8 @@ from qdetr_cli.reading import parse_json, read_json
 
 RUN_FILE, JOURNAL_FILE = "run.json", "metrics.jsonl"
 PARTS = ("best", "last")  # the checkpoints of a training, in the order of preference
+_BATCH = "images_per_step"
+_SHARES = ("recipe.train.batch_size", "recipe.train.accumulate")  # free as long as their product stays
 _RETIRED = ".old."  # in the name of a folder that waits for its successor
 
 
@@ -168,7 +170,15 @@ def resumes(out: Path, settings: Mapping[str, Any]) -> bool:
         began = read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: is damaged ({error}); start again in another --out") from error
-    if changed := _changes(began, settings):
+    changed = _changes(began, settings)
+    if _BATCH in changed and isinstance(began.get(_BATCH), int):
+        raise RunError(
+            f"{out}: --resume with {settings[_BATCH]} images in a step, and the run began with "
+            f"{began[_BATCH]}: keep train.batch_size * train.accumulate * processes as it was, e.g. double "
+            "train.batch_size or train.accumulate on half as many processes"
+        )
+    free = (_BATCH,) if _BATCH in changed else _SHARES
+    if changed := [each for each in changed if each not in free]:
         raise RunError(f"{out}: --resume with other settings than the run began with: {', '.join(changed)}")
     return (out / "last").exists()
 

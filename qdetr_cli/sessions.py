@@ -7,8 +7,9 @@ Shape letters: B images, H W pixels, Q queries, C classes.
 
 import importlib
 import importlib.util
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -25,6 +26,7 @@ KEY = "qdetr"  # of the metadata that qdetr writes into a file
 PIXELS, MASK = "pixel_values", "pixel_mask"
 LOGITS, BOXES = "logits", "pred_boxes"
 INSTALL = 'pip install "qdetr[export]"'
+LARGEST = 2**27  # pixels of all images together that a file may ask for: 8 of 4096x4096
 
 
 class Outputs(NamedTuple):
@@ -56,6 +58,7 @@ class Session(Protocol):
     runtime: Runtime
     metadata: str | None  # the JSON that qdetr wrote into it; None: the file is not qdetr's
     inputs: Inputs
+    classes: int | None  # C of its logits; None: it does not say
 
     def run(self, pixels: NDArray[np.float32], mask: NDArray[Any] | None = None) -> Outputs:
         """Logits and boxes of `pixels` (B, 3, H, W), of which `mask` (B, H, W) says what is no padding."""
@@ -119,18 +122,25 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores
         try:
             self._session = package.InferenceSession(
-                str(path), sess_options=options, providers=["CPUExecutionProvider"]
+                str(path), sess_options=options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
+            self.metadata: str | None = self._session.get_modelmeta().custom_metadata_map.get(KEY)
+            shapes = {each.name: each.shape for each in self._session.get_inputs()}
+            kinds = {each.name: _NUMPY.get(each.type) for each in self._session.get_inputs()}
+            outputs = {each.name: each.shape for each in self._session.get_outputs()}
         except Exception as error:  # of many types, none of them public
             raise _unreadable(path, "ONNX Runtime", error) from error
-        self.metadata: str | None = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        shapes = {each.name: each.shape for each in self._session.get_inputs()}
-        kinds = {each.name: _NUMPY.get(each.type) for each in self._session.get_inputs()}
-        self.inputs = _inputs(path, shapes, kinds, [each.name for each in self._session.get_outputs()])
+        self._path = path
+        self.inputs = _inputs(path, shapes, kinds, list(outputs))
+        self.classes = _classes(outputs[LOGITS])
 
     def run(self, pixels: NDArray[np.float32], mask: NDArray[Any] | None = None) -> Outputs:
         """See Session."""
-        return Outputs(*self._session.run([LOGITS, BOXES], self.inputs.feed(pixels, mask)))
+        try:
+            found = self._session.run([LOGITS, BOXES], self.inputs.feed(pixels, mask))
+        except Exception as error:
+            raise _unreadable(self._path, "ONNX Runtime", error, "run") from error
+        return _outputs(self._path, found, len(pixels))
 
 
 class OpenVinoSession:
@@ -153,15 +163,24 @@ class OpenVinoSession:
             self.metadata: str | None = str(model.get_rt_info([KEY]).value) if known else None
             shapes = {_name(each): _openvino_shape(each) for each in model.inputs}
             kinds = {_name(each): each.element_type.to_dtype() for each in model.inputs}
-            self.inputs = _inputs(path, shapes, kinds, [_name(each) for each in model.outputs])
+            outputs = {_name(each): _openvino_shape(each) for each in model.outputs}
+            self._path = path
+            self.inputs = _inputs(path, shapes, kinds, list(outputs))
+            self.classes = _classes(outputs[LOGITS])
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
-        except RuntimeError as error:
+        except ExportError:
+            raise
+        except Exception as error:  # of many types where the file is damaged
             raise _unreadable(path, "OpenVINO", error) from error
 
     def run(self, pixels: NDArray[np.float32], mask: NDArray[Any] | None = None) -> Outputs:
         """See Session."""
-        self._request.infer(self.inputs.feed(pixels, mask), share_inputs=True)
-        return Outputs(*(self._request.get_tensor(name).data.copy() for name in (LOGITS, BOXES)))
+        try:
+            self._request.infer(self.inputs.feed(pixels, mask), share_inputs=True)
+            found = [self._request.get_tensor(name).data.copy() for name in (LOGITS, BOXES)]
+        except Exception as error:
+            raise _unreadable(self._path, "OpenVINO", error, "run") from error
+        return _outputs(self._path, found, len(pixels))
 
 
 _NUMPY: dict[str, np.dtype[Any]] = {
@@ -186,7 +205,26 @@ def _inputs(
         )
     batch, _, height, width = (side if isinstance(side, int) else None for side in shapes[PIXELS])
     size = None if height is None or width is None else (height, width)
+    asked = [each or 1 for each in (batch, height, width)]
+    if min(asked) < 1 or math.prod(asked) > LARGEST:
+        raise ExportError(f"{path}: takes {' x '.join(map(str, asked))} pixels, more than qdetr makes")
     return Inputs(batch=batch, size=size, mask=kinds[MASK] if MASK in shapes else None)
+
+
+def _classes(shape: list[Any]) -> int | None:
+    """C of logits (B, Q, C), where the file says it."""
+    return shape[2] if len(shape) == 3 and isinstance(shape[2], int) else None
+
+
+def _outputs(path: Path, found: Sequence[Any], images: int) -> Outputs:
+    """Logits and boxes. Raises ExportError where they are not those of so many images."""
+    logits, boxes = (np.asarray(each) for each in found)
+    if logits.ndim != 3 or len(logits) != images or boxes.shape != (*logits.shape[:2], 4):
+        raise ExportError(
+            f"{path}: gives {LOGITS} {logits.shape} and {BOXES} {boxes.shape} for {images} images, where "
+            "(images, queries, classes) and (images, queries, 4) are wanted; export it again"
+        )
+    return Outputs(logits, boxes)
 
 
 def _name(port: Any) -> str:
@@ -203,8 +241,8 @@ def _package(name: str, path: Path) -> Any:
     return package(name, f"{path}: running {path.suffix} files")
 
 
-def _unreadable(path: Path, runtime: str, error: Exception) -> ExportError:
+def _unreadable(path: Path, runtime: str, error: Exception, what: str = "load") -> ExportError:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check "))]
     reason = told[0] if told else type(error).__name__
-    return ExportError(f"{path}: {runtime} cannot load it ({reason[:300]}); export it again")
+    return ExportError(f"{path}: {runtime} cannot {what} it ({reason[:300]}); export it again")

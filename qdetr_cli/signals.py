@@ -15,6 +15,12 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def leave_stopping_to_parent(worker: int) -> None:
+    """Ignore SIGINT and SIGTERM: for a DataLoader's worker, since launchers signal whole process groups."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM is put into, so that a step is finished before the checkpoint is written.

@@ -26,6 +26,7 @@ from qdetr_cli.models import (
     trace_size,
 )
 from qdetr_cli.plan import Plan, make_plan
+from qdetr_cli.processes import from_first, make_alike
 from qdetr_cli.recipe import QuantFormat, Recipe
 from qdetr_cli.results import Listener
 
@@ -148,14 +149,18 @@ def saver(model: Model, chosen: Recipe) -> Callable[[nn.Module, Path, Metrics | 
 
 
 def calibrated(model: Model, data: DetectionData, where: torch.device, listener: Listener) -> tuple[str, ...]:
-    """Calibrate in place; the quantizers that saw nothing are said and given back."""
+    """Calibrate in place; the quantizers that saw nothing are said and given back.
+
+    Of several processes the first calibrates, and the others get what it found.
+    """
     assert model.recipe is not None
     spec = model.recipe.calibrate
     images = ImageSet(
         data, model.detector.processor, known_classes(model, data), augment=None, seed=spec.seed
     )
     with listener.progress("calibrate", passes(model.module) * min(spec.images, len(images))) as advance:
-        silent = calibrate(model.module, images, spec, device=where, advance=advance)
+        silent = from_first(lambda: calibrate(model.module, images, spec, device=where, advance=advance))
+    make_alike(model.module)
     for path in silent:
         kept = "stays off" if path.endswith("_alignment") else "keeps the smallest step"
         listener.say(f"warning: {path} saw no value in calibration and {kept}")

@@ -15,6 +15,7 @@ from qdetr_cli.sessions import TITLES
 if TYPE_CHECKING:  # `qdetr recipe list` answers without torch
     from qdetr_cli.benchmark.turns import Timing
     from qdetr_cli.evaluate import Rung
+    from qdetr_cli.export.floats import FloatOperation
     from qdetr_cli.export.kernels import Kernels
     from qdetr_cli.export.parity import Parity
     from qdetr_cli.metrics import Metrics
@@ -148,12 +149,15 @@ def kernel_table(kernels: Kernels) -> Table:
     return table
 
 
-def float_lines(kernels: Kernels, most: int = 12) -> Iterator[str]:
-    """The operations that run in float, by name."""
-    floats = kernels.floats()
-    if floats:
-        more = f" and {len(floats) - most} more" if len(floats) > most else ""
-        yield f"in float: {', '.join(f'{each.name} ({each.kernel})' for each in floats[:most])}{more}"
+def float_lines(floats: Sequence[FloatOperation], most: int = 12) -> Iterator[str]:
+    """The modules that run in float, by the reason for it."""
+    reasons: dict[str, list[str]] = {}
+    for each in floats:
+        paths = reasons.setdefault(each.reason or "although it is planned in integers", [])
+        paths += [each.path] if each.path not in paths else []
+    for reason, paths in reasons.items():
+        more = f" and {len(paths) - most} more" if len(paths) > most else ""
+        yield f"in float, {reason}: {', '.join(paths[:most])}{more}"
 
 
 def parity_lines(parity: Parity) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Loss terms that a recipe weighs: what the student learns from a teacher, and IoU-aware classification.
 
 A term is a function of a Lesson, with options of its own, and gives a scalar. `distill.terms` have a teacher;
-`train.terms` have none.
+`train.terms` have none. What a term divides by is a mean over the processes of a training.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from qdetr_cli.matching import (
     nearest_boxes,
     object_queries,
 )
+from qdetr_cli.processes import mean
 from qdetr_cli.recipe import Term
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's box loss coefficients
@@ -115,8 +116,8 @@ def logits_term(lesson: Lesson) -> Tensor:
         ).sum(-1)
     else:
         distance = _quality_focal(mine, theirs.sigmoid()).sum(-1)
-    mean: Tensor = (weight * distance).sum() / weight.sum()
-    return mean
+    average: Tensor = (weight * distance).sum() / mean(weight.sum())
+    return average
 
 
 @plugins.register("loss", "boxes")
@@ -127,7 +128,7 @@ def boxes_term(lesson: Lesson) -> Tensor:
     l1 = (mine.float() - theirs.float()).abs().sum(-1)
     overlap = giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(theirs))
     total: Tensor = (weight * (L1_WEIGHT * l1 + GIOU_WEIGHT * (1 - overlap))).sum()
-    return total / weight.sum().clamp(min=_TINY)
+    return total / mean(weight.sum()).clamp(min=_TINY)
 
 
 @plugins.register("loss", "foreground_queries")
@@ -143,8 +144,9 @@ def foreground_queries_term(
     kept = foreground_queries(student.boxes, lesson.labels, tau=tau)  # (B, Q)
     pairs = nearest_boxes(student.boxes, teacher.boxes, overlap=overlap, distance=distance)
     partner = teacher.take(pairs)
+    count = mean(kept.sum().float()).clamp(min=1)
     distances = [
-        (kept * _norm(mine.float() - theirs.float())).sum() / kept.sum().clamp(min=1)
+        (kept * _norm(mine.float() - theirs.float())).sum() / count
         for mine, theirs in _layers(student, partner, layers)
     ]
     return torch.stack(distances).mean()
@@ -200,8 +202,8 @@ def iou_aware_term(lesson: Lesson) -> Tensor:
         target[..., -1] = 1 - target[..., :-1].sum(-1)
         weight = torch.where(matched, 1.0, BACKGROUND_WEIGHT)
         loss = -(target * logits.log_softmax(-1)).sum(-1)
-        return (weight * loss).sum() / weight.sum()
-    return _quality_focal(logits, target).sum() / matched.sum().clamp(min=1)
+        return (weight * loss).sum() / mean(weight.sum())
+    return _quality_focal(logits, target).sum() / mean(matched.sum().float()).clamp(min=1)
 
 
 def _overlap_targets(lesson: Lesson) -> tuple[Tensor, Tensor]:
@@ -249,5 +251,7 @@ def _norm(x: Tensor) -> Tensor:
 
 def _relative_error(mine: Tensor, theirs: Tensor, weight: Tensor) -> Tensor:
     """Weighted squared error of (B, L, D) over the weighted square of `theirs`, a scalar; weight (B, L)."""
-    error = (weight * (mine.float() - theirs.float()).square().sum(-1)).sum()
-    return error / (weight * theirs.float().square().sum(-1)).sum().clamp(min=_TINY)
+    away = weight[..., None] == 0  # whatever padding holds: of an image that is all padding it is no number
+    mine, theirs = (each.float().masked_fill(away, 0) for each in (mine, theirs))
+    error = (weight * (mine - theirs).square().sum(-1)).sum()
+    return error / mean((weight * theirs.square().sum(-1)).sum()).clamp(min=_TINY)

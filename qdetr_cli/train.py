@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from qdetr_cli.compiled import compiled_kernels
@@ -23,6 +24,7 @@ from qdetr_cli.metrics import Metrics
 from qdetr_cli.objective import Objective, clipped
 from qdetr_cli.oscillation import OscillationFreezer
 from qdetr_cli.plan import Plan
+from qdetr_cli.processes import average_gradients, from_first, largest, make_alike, mean, rank, world
 from qdetr_cli.progress import Position, Progress
 from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Distill, Train
@@ -33,7 +35,7 @@ from qdetr_cli.schedule import (
     freeze,
     lr_scale,
 )
-from qdetr_cli.signals import Interrupted, stop_signals
+from qdetr_cli.signals import Interrupted, leave_stopping_to_parent, stop_signals
 from qdetr_cli.stages import Stages
 
 STATE = "state.pt"
@@ -94,10 +96,11 @@ class Trainer:
         self.model = _trainable(model.to(self.device), train)
         self.stages = Stages(self.model, plan, train.stages)
         self.average = None if train.ema is None else MovingAverage(self.model, train.ema)
-        torch.manual_seed(train.seed)  # what the objective draws is alike on every process
+        torch.manual_seed(train.seed)  # what the objective draws
         mentor = None if teacher is None else teacher.to(self.device)
         self.objective = Objective(model, family, train, distill, teacher=mentor, same_origin=same_origin)
         self.extras = self.objective.extras.to(self.device)
+        make_alike(self.extras)
         self.oscillation = None if train.oscillation is None else OscillationFreezer(model, train.oscillation)
         groups = [*parameter_groups(self.model, family, train), *parameter_groups(self.extras, family, train)]
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups))
@@ -110,8 +113,7 @@ class Trainer:
             scaler=self.accelerator.scaler,
             device=self.device,
         )
-        alone = self.accelerator.num_processes == 1  # `prepare` would leave evaluations under autocast
-        self.wrapped = self.model if alone else self.accelerator.prepare(self.model)
+        self.wrapped = _shared_out(self.model, self.device)
 
     @property
     def position(self) -> Position:
@@ -121,6 +123,10 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
+        if len(self.images) < world():
+            raise RunError(
+                f"{len(self.images)} training images are fewer than the {world()} processes; launch fewer"
+            )
         batches = len(self._sampler(epoch=0, skip=0))
         if batches < self.train.accumulate:
             raise RecipeError(
@@ -140,18 +146,17 @@ class Trainer:
         """Train to the end, evaluating on the way. Raises DivergedError, and Interrupted after writing."""
         if resume:
             self.progress.load(self.folder / "last" / STATE)
-            self.journal.rewind(self.position.step, self.position.evaluated)
+            from_first(lambda: self.journal.rewind(self.position.step, self.position.evaluated))
         else:
-            torch.manual_seed(self.train.seed + self.accelerator.process_index)  # dropout, denoising
+            torch.manual_seed(self.train.seed + rank())  # dropout, denoising
         last: Metrics | None = None
         with stop_signals() as stop, compiled_kernels(self._compiles(), self.device.type):
             if self.position.evaluated < self.position.step and self._evaluation_is_due():
                 last = self._evaluate()  # the run was stopped at the end of an epoch
             while self.position.step < self.total_steps:
-                self._epoch(stop)
-                if stop:
+                if signal := self._epoch(stop):
                     self._write_last(None)
-                    raise Interrupted(stop[0])
+                    raise Interrupted(signal)
                 last = self._evaluate() if self._evaluation_is_due() else None
         if last is None:
             last = self._evaluate()
@@ -168,8 +173,8 @@ class Trainer:
         wanted = self.train.compile
         return self.total_steps >= COMPILE_FROM if wanted == "auto" else wanted
 
-    def _epoch(self, stop: list[int]) -> None:
-        """Go on to the end of the current epoch, of the training, or until asked to stop."""
+    def _epoch(self, stop: list[int]) -> int:
+        """Go on to the end of the current epoch, of the training, or until asked to stop: by which signal."""
         epoch, done = divmod(self.position.step, self.steps_per_epoch)
         began = time.monotonic() - self.position.seconds
         _training_mode(self.wrapped, self.train)
@@ -179,11 +184,13 @@ class Trainer:
             entry = self._step([next(batches).to(self.device) for _ in range(self.train.accumulate)])
             self.position.seconds = time.monotonic() - began
             self._tell(entry)
-            if stop:
-                return
-            if self._saving_is_due():
+            signal, old = largest([stop[0] if stop else 0, self._saving_is_due()])
+            if signal:
+                return signal
+            if old:
                 self._write_last(None)
                 _training_mode(self.wrapped, self.train)
+        return 0
 
     def _step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimiser step over accumulated batches; the loss terms as numbers."""
@@ -191,20 +198,20 @@ class Trainer:
         scale = lr_scale(self.train, self.position.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, float] = {}
         for index, batch in enumerate(batches):
             with self.accelerator.autocast():
                 loss, terms = self._loss(batch)
-            self._check_finite(loss, terms)
+            told = self._told({"loss": loss.detach(), **terms})
             if index + 1 < len(batches):
                 with self.accelerator.no_sync(self.wrapped):
                     self.accelerator.backward(loss / len(batches))
             else:
                 self.accelerator.backward(loss / len(batches))
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(batches)
+            for name, value in told.items():
+                totals[name] = totals.get(name, 0.0) + value / len(batches)
         self._update()
-        return {name: float(value) for name, value in totals.items()} | {"lr": self.train.lr * scale}
+        return totals | {"lr": self.train.lr * scale}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         try:
@@ -214,9 +221,7 @@ class Trainer:
 
     def _update(self) -> None:
         """Clip, step, hold oscillating weights, and move the average."""
-        for parameter in self.extras.parameters():  # DDP sees to the model's gradients alone
-            if self.accelerator.num_processes > 1 and parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        average_gradients(self.extras)  # DDP sees to the model's alone
         self.accelerator.unscale_gradients()
         learned = [*self.wrapped.parameters(), *self.extras.parameters()]
         if not clipped(learned, self.train.clip) and self.train.precision != "fp16":
@@ -229,10 +234,14 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model)
 
-    def _check_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        if not math.isfinite(loss.item()):
-            listed = ", ".join(f"{name}={float(value):.4g}" for name, value in terms.items())
+    def _told(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """The loss and its terms, means over the processes. Raises DivergedError in all, if in one."""
+        values = mean(torch.stack([value.float() for value in terms.values()])).tolist()
+        told: dict[str, float] = dict(zip(terms, values, strict=True))
+        if not math.isfinite(told["loss"]):
+            listed = ", ".join(f"{name}={value:.4g}" for name, value in told.items() if name != "loss")
             raise self._diverged(f"the loss is not finite ({listed})")
+        return told
 
     def _diverged(self, what: str, *, gradient: bool = False) -> DivergedError:
         """The error that names the step, what was not finite, the first bad module and the way out."""
@@ -251,8 +260,9 @@ class Trainer:
 
     def _tell(self, entry: dict[str, float]) -> None:
         step = self.position.step
-        if step % LOG_EVERY == 0 and self.accelerator.is_main_process:
-            self.journal.append({"step": step, "seconds": round(self.position.seconds, 1)} | entry)
+        if step % LOG_EVERY == 0:
+            line = {"step": step, "seconds": round(self.position.seconds, 1)} | entry
+            from_first(lambda: self.journal.append(line))
         if self.watch is not None:
             self.watch.stepped(step, self.total_steps, entry)
 
@@ -262,13 +272,9 @@ class Trainer:
         return at_end or (rest == 0 and epoch % self.train.eval_every == 0)
 
     def _saving_is_due(self) -> bool:
-        """Whether the last checkpoint is old; every process does as the first one's clock says."""
-        if self.train.save_minutes is None:
-            return False
-        old = time.monotonic() - self.saved >= 60 * self.train.save_minutes
-        if self.accelerator.num_processes > 1:
-            old = bool(broadcast(torch.tensor(int(old), device=self.device)).item())
-        return old
+        """Whether the last checkpoint is old, by the clock of this process."""
+        minutes = self.train.save_minutes
+        return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
 
     def _evaluate(self) -> Metrics:
         """Metrics of the averaged model; `last/` is written, and `best/` when the AP is the best so far."""
@@ -278,11 +284,10 @@ class Trainer:
             is_best = ap > self.position.best_ap
             if is_best:
                 self.position.best_ap, self.position.best_step = ap, self.position.step
-                if self.accelerator.is_main_process:
-                    self.save(model, self.folder / "best", metrics)
+                from_first(lambda: self.save(model, self.folder / "best", metrics))
         self.position.evaluated = self.position.step
-        if self.accelerator.is_main_process:
-            self.journal.append({"step": self.position.step, "metrics": metrics.to_dict()})
+        line = {"step": self.position.step, "metrics": metrics.to_dict()}
+        from_first(lambda: self.journal.append(line))
         self._write_last(metrics)  # after the journal: a run that is resumed here has all its lines
         if self.watch is not None:
             self.watch.evaluated(self.position.step, self.total_steps, metrics)
@@ -306,10 +311,11 @@ class Trainer:
 
     def _write_last(self, metrics: Metrics | None) -> None:
         """`last/`: the averaged model as a loadable checkpoint, and beside it all that resuming needs."""
-        self.saved = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
         state = self.progress.state_dict()
+        from_first(lambda: self._write(state, metrics))
+        self.saved = time.monotonic()
+
+    def _write(self, state: dict[str, Any], metrics: Metrics | None) -> None:
         with atomic_folder(self.folder / "last") as draft:
             with self._averaged() as model:
                 self.save(model, draft, metrics)
@@ -322,8 +328,8 @@ class Trainer:
             seed=self.train.seed,
             epoch=epoch,
             skip=skip,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=rank(),
+            world=world(),
         )
 
     def _loader(self, epoch: int, *, skip: int) -> "DataLoader[Any]":
@@ -332,6 +338,7 @@ class Trainer:
             batch_sampler=self._sampler(epoch=epoch, skip=skip),
             num_workers=self.train.workers,
             collate_fn=collate,
+            worker_init_fn=leave_stopping_to_parent,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.train.seed),  # leaves the global state alone
         )
@@ -343,7 +350,28 @@ def _accelerator(train: Train, device: str) -> Accelerator:
     precision = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
     if train.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise RunError("train.precision: fp16 needs CUDA; use bf16 or float32 on a CPU")
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        # given, so that what a launcher's configuration says of it does not divide the loss again
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+
+
+def _shared_out(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, under DDP where several processes train it.
+
+    Not by `Accelerator.prepare`, which would leave evaluations under autocast. What a stage has off, and what
+    only some images need (denoising queries), gets no gradient in a step. Live batch norms get the
+    statistics of the first process.
+    """
+    if world() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=True,
+    )
 
 
 def _trainable(model: nn.Module, train: Train) -> nn.Module:

@@ -12,9 +12,11 @@ from onnx import numpy_helper
 
 from qdetr_cli.data import Batch
 from qdetr_cli.errors import ExportError
-from qdetr_cli.export.layers import layers
+from qdetr_cli.export.layers import inside
 from qdetr_cli.export.onnx_graph import marked, with_pairs
+from qdetr_cli.export.openvino_graph import openvino_model
 from qdetr_cli.export.parity import Parity, compare
+from qdetr_cli.export.probes import OnnxProbe
 from qdetr_cli.export.program import exported
 from qdetr_cli.export.rounding import BEST, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
@@ -114,8 +116,60 @@ def test_each_layer_answers_for_itself_alone(proto, tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(changed(proto, "up.input_quantizer.high", lambda high: high - 5), path)
     first = {name: each[:1] for name, each in images(2).items()}
-    wrong = [each.path for each in layers(MODEL, path, first) if each.moved]
+    wrong = [each.path for each in inside(MODEL, path, first).layers if each.moved]
     assert wrong == ["up.input_quantizer"]
+
+
+class Astray(OnnxProbe):
+    """A file that by itself chose other queries, so that what it computed tells no order of dimensions."""
+
+    def values(self, given):
+        found = super().values(given)
+        for key in ("probs_quantizer", "v_quantizer"):
+            found[key] = np.random.default_rng(0).permuted(found[key].reshape(-1)).reshape(found[key].shape)
+        return found
+
+
+def test_a_layer_is_judged_by_what_it_makes_of_true_codes_where_those_before_went_astray(
+    proto, tmp_path, monkeypatch
+):
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    monkeypatch.setattr("qdetr_cli.export.layers.probe", Astray)
+    first = {name: each[:1] for name, each in images(2).items()}
+    found = {each.path: each for each in inside(MODEL, path, first).layers}
+    assert found["probs_quantizer"].sqnr < 20.0
+    assert found["probs_quantizer"].moved == found["v_quantizer"].moved == 0
+    assert all(each.holds for each in found.values())
+
+
+def test_outputs_may_be_further_than_rounding_explains_where_every_layer_alone_is_right(proto, tmp_path):
+    class Noisy(File):
+        def forward(self, pixel_values, pixel_mask):
+            outputs = super().forward(pixel_values, pixel_mask)
+            outputs.logits = outputs.logits + 0.02 * torch.randn(outputs.logits.shape)
+            return outputs
+
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    found = compare(MODEL, Noisy(proto), batch(), path)
+    assert found.logits.sqnr < found.logits.least
+    assert found.logits.alone > 100
+    with pytest.raises(ExportError, match="the file does not compute"):
+        compare(MODEL, Noisy(proto), batch())
+
+
+def test_openvino_quantizers_are_judged_alone_too(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    path = tmp_path / "m.xml"
+    openvino.save_model(openvino_model(marked(exported(MODEL, SIZE))), path, compress_to_fp16=False)
+    given = {name: each[:1] for name, each in images(2).items()}
+    found = inside(MODEL, path, given)
+    assert len(found.layers) == 5  # of six inputs, as both heads read one
+    assert all(each.moved == 0 for each in found.layers)
+    with torch.no_grad():
+        wanted = MODEL(**given)
+    assert sqnr(wanted.logits, torch.from_numpy(found.outputs["logits"])) > 100
 
 
 def test_a_wrong_output_fails_without_a_file_to_look_into(proto):

@@ -125,7 +125,7 @@ def test_a_float_model_is_exported_as_float(world, tmp_path):
     assert artefact.session.inputs.batch is None
     assert "file against model on 16 images" in text
     assert "in ONNX Runtime" in text
-    assert "in float: " in text
+    assert "in float, a float model: " in text
     assert f"{path}: written" in text
 
 

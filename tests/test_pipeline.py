@@ -12,9 +12,10 @@ from tiny_runs import FAST, Told, listener, write_coco, write_model, write_origi
 from qdetr_cli import checkpoint, pipeline, plugins, running
 from qdetr_cli.checkpoint import load_float
 from qdetr_cli.data import open_data
+from qdetr_cli.devices import torch_device
 from qdetr_cli.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
 from qdetr_cli.manifest import read_manifest
-from qdetr_cli.models import Source, known_classes, open_model, source_of, torch_device, trace_size
+from qdetr_cli.models import Source, known_classes, open_model, source_of, trace_size
 from qdetr_cli.results import DataSource
 from qdetr_cli.rewrite import quantizers, set_enabled
 from qdetr_cli.runs import Journal

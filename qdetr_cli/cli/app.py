@@ -10,6 +10,7 @@ import typer
 
 from qdetr_cli import __version__
 from qdetr_cli.errors import QDetrError
+from qdetr_cli.launch import check_alone, launched_processes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +27,21 @@ app.add_typer(recipe_app, name="recipe")
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """`command`, with a user's mistake as one message and exit code 2; interrupted, 130 (SIGTERM: 143)."""
+    """`command` for one process, with a user's mistake as one message and exit code 2.
+
+    Interrupted, the code is 130 (SIGTERM: 143).
+    """
+
+    @functools.wraps(command)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_alone(command.__name__)
+        return command(*args, **kwargs)
+
+    return reported_once(alone)
+
+
+def reported_once(command: Callable[P, R]) -> Callable[P, R]:
+    """`command` as `reported` has it, for several processes too: of them one prints."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,7 +58,17 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _complain(message: str) -> None:
-    sys.stderr.write(message + "\n")
+    if _speaks():
+        sys.stderr.write(message + "\n")
+
+
+def _speaks() -> bool:
+    """Whether this process prints: of several the first that has something to say, once they have met."""
+    if launched_processes() == 1:
+        return True
+    from qdetr_cli.processes import speaks
+
+    return speaks()
 
 
 def _show_version(wanted: bool) -> None:

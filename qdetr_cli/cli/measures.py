@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qdetr_cli.cli.app import app, reported
+from qdetr_cli.cli.app import app, reported, reported_once
 from qdetr_cli.cli.options import (
     BatchSize,
     Data,
@@ -26,7 +26,7 @@ from qdetr_cli.cli.options import (
 
 
 @app.command("eval")
-@reported
+@reported_once
 def evaluate(
     model: Runnable,
     data: Data,

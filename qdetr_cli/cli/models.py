@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qdetr_cli.cli.app import app, reported
+from qdetr_cli.cli.app import app, reported, reported_once
 from qdetr_cli.cli.options import (
     Data,
     Device,
@@ -59,7 +59,7 @@ def inspect(
 
 
 @app.command()
-@reported
+@reported_once
 def quantize(
     model: Model,
     recipe: RecipeName,
@@ -99,7 +99,7 @@ def quantize(
 
 
 @app.command()
-@reported
+@reported_once
 def finetune(
     model: Model,
     recipe: RecipeName,

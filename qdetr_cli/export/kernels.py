@@ -1,10 +1,12 @@
 """Which of a file's operations run on integer kernels, as the runtime's own profile says."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["convolution", "linear", "product"]
 KINDS: tuple[Kind, ...] = ("convolution", "linear", "product")
+_OF_MODULE = re.compile(rf"(?P<path>.+):({'|'.join(KINDS)})(:(?P<call>\d+))?(\.bias)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +17,23 @@ class Operation:
     kind: Kind
     integer: bool
     kernel: str  # what the runtime calls it, e.g. QLinearConv or brgemm_avx512_amx_I8
+
+    @property
+    def path(self) -> str | None:
+        """The module that it is of; None where its name does not say."""
+        found = _OF_MODULE.fullmatch(self.name)
+        return None if found is None else found["path"]
+
+    @property
+    def call(self) -> int:
+        """Which one of its module's operations of this kind it is, from 0."""
+        found = _OF_MODULE.fullmatch(self.name)
+        return 0 if found is None else int(found["call"] or 0)
+
+
+def names_a_module(name: str) -> bool:
+    """Whether the name of a node says which module it is of."""
+    return _OF_MODULE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

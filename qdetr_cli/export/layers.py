@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdetr_cli.export.probes import Array, Arrays, in_order, probe
-from qdetr_cli.export.rounding import decibels, least, rounding_noise, sqnr
+from qdetr_cli.export.probes import Array, Arrays, Probe, in_order, probe
+from qdetr_cli.export.program import OUTPUTS
+from qdetr_cli.export.rounding import BEST, decibels, least, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
 from qdetr_cli.quantizers import FakeQuantizer
 
 Values = dict[str, Tensor]
-KNOWN = 3.0  # dB from which on a value of a file is taken for that of the model
+SURE = (20.0, 6.0)  # dB that an order of dimensions must reach, and be better than any other
+LIKELY = (3.0, 0.0)  # the same for the values of a layer that is wrong
 MOVED = 0.02  # part of the codes of one layer that rounding may move, by one
 FEW = 3  # codes that it always may
 
@@ -50,9 +52,17 @@ class LayerParity:
         return f"{self.path}: {decibels(self.sqnr)} ({decibels(self.rounding)}){alone}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """The quantizers of activations that file and model have in common, in the order in which they run."""
+
+    layers: tuple[LayerParity, ...]
+    outputs: Arrays  # what the file gives from the true codes, by name; none where it cannot be given them
+
+
 @torch.no_grad()
-def layers(model: nn.Module, path: Path, given: Mapping[str, Tensor]) -> tuple[LayerParity, ...]:
-    """The quantizers of activations that file and model have in common, in the order in which they run.
+def inside(model: nn.Module, path: Path, given: Mapping[str, Tensor]) -> Inside:
+    """How file and model compare inside.
 
     `given` is one image: pixel_values (1, 3, H, W) and pixel_mask (1, H, W), at most of the file's size.
     """
@@ -60,12 +70,10 @@ def layers(model: nn.Module, path: Path, given: Mapping[str, Tensor]) -> tuple[L
     given = {name: each.expand(opened.images, *each.shape[1:]) for name, each in given.items()}
     wanted, steps = model_values(model, given)
     found = opened.values(given)
-    orders = {key: _order(value, found[key]) for key, value in wanted.items() if key in found}
-    true = {key: _turned(wanted[key], order) for key, order in orders.items() if order is not None}
-    alone = opened.values_after(given, true)
+    orders, alone = _told_apart(opened, given, wanted, found)
     with rounding_noise(model):
         noisy, _ = model_values(model, given)
-    return tuple(
+    compared = tuple(
         LayerParity(
             path=key,
             sqnr=_nearest(wanted[key], found[key]),
@@ -74,6 +82,7 @@ def layers(model: nn.Module, path: Path, given: Mapping[str, Tensor]) -> tuple[L
         )
         for key, order in orders.items()
     )
+    return Inside(layers=compared, outputs={name: alone[name] for name in OUTPUTS if name in alone})
 
 
 def model_values(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[Values, Values]:
@@ -109,11 +118,47 @@ def _recorded(model: nn.Module, values: Values, steps: Values) -> Iterator[None]
             hook.remove()
 
 
-def _order(wanted: Tensor, found: Array) -> tuple[int, ...] | None:
+Orders = dict[str, tuple[int, ...] | None]
+
+
+def _told_apart(
+    opened: Probe, given: Mapping[str, Tensor], wanted: Values, found: Arrays
+) -> tuple[Orders, Arrays]:
+    """How the file orders the dimensions of each quantizer, None where it cannot be told, and what each gives
+    where all others that can be told gave their true values.
+
+    What the file computed by itself may be too far from the model to tell, where it chose other queries; what
+    it computes from true values is not.
+    """
+    orders = {key: _order(value, found[key]) for key, value in wanted.items() if key in found}
+    alone = _after(opened, given, wanted, orders)
+    for limits in (SURE, LIKELY):
+        while told := _more(wanted, alone, orders, limits):
+            orders |= told
+            alone = _after(opened, given, wanted, orders)
+    return orders, alone
+
+
+def _after(opened: Probe, given: Mapping[str, Tensor], wanted: Values, orders: Orders) -> Arrays:
+    """What the file gives from the true codes of the quantizers whose order is known."""
+    known = {key: _turned(wanted[key], order) for key, order in orders.items() if order is not None}
+    return opened.values_after(given, known)
+
+
+def _more(wanted: Values, alone: Arrays, orders: Orders, limits: tuple[float, float]) -> Orders:
+    """The orders that can be told from what the file gives from true codes, and could not be before."""
+    open_ = [key for key, order in orders.items() if order is None and key in alone]
+    told = {key: _order(wanted[key], alone[key], limits) for key in open_}
+    return {key: order for key, order in told.items() if order is not None}
+
+
+def _order(wanted: Tensor, found: Array, limits: tuple[float, float] = SURE) -> tuple[int, ...] | None:
     """The order of the dimensions of `found` that makes it most like what is wanted; None if none does."""
-    scores = [(sqnr(wanted, value), order) for order, value in in_order(wanted, found)]
-    best = max(scores, default=(0.0, ()))
-    return best[1] if best[0] > KNOWN or len(scores) == 1 else None
+    scores = sorted(((sqnr(wanted, value), order) for order, value in in_order(wanted, found)), reverse=True)
+    if len(scores) < 2:
+        return scores[0][1] if scores else None
+    (best, order), (second, _) = scores[:2]
+    return order if best > limits[0] and (best == BEST or best - second > limits[1]) else None
 
 
 def _turned(wanted: Tensor, order: tuple[int, ...]) -> Array:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qdetr_cli.export.layer_names import name_layers
 from qdetr_cli.export.program import OUTPUTS, Program, Rounding, exported
 from qdetr_cli.models import Model
 from qdetr_cli.operators import FAKE_QUANTIZE
@@ -34,7 +35,10 @@ def onnx_model(
 
 
 def marked(program: Program) -> "Marked":
-    """The graph of the program, in which quantizers are nodes `qdetr.FakeQuantize` that bear their key."""
+    """The graph of the program, in which quantizers are nodes `qdetr.FakeQuantize` that bear their key.
+
+    Layers are named after their modules: see `layer_names`.
+    """
     made = torch.onnx.export(
         program.exported,
         dynamo=True,
@@ -46,7 +50,10 @@ def marked(program: Program) -> "Marked":
     )
     assert made is not None
     _adopt_constants(made.model.graph)
-    return Marked(made.model, program)
+    graph = Marked(made.model, program)
+    stored = {node for node, _, rounding in graph.quantizers() if rounding.constant is not None}
+    name_layers(graph.model.graph, stored.__contains__)
+    return graph
 
 
 def _adopt_constants(graph: ir.Graph) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qdetr_cli.export.kernels import Kernels, Kind, Operation
+from qdetr_cli.export.kernels import Kernels, Kind, Operation, names_a_module
 from qdetr_cli.sessions import package
 
 KINDS: dict[str, Kind] = {
@@ -36,12 +36,17 @@ def _operations(executed: Any, fused: list[set[str]]) -> Iterator[Operation]:
     integer = _says(executed, "runtimePrecision") in INTEGERS
     kernel = _says(executed, "primitiveType")
     if layer in KINDS:
-        name = executed.get_friendly_name()
+        name = _chosen({*sources, executed.get_friendly_name()})
         yield Operation(name=name, kind=KINDS[layer], integer=integer, kernel=kernel)
     elif layer == FUSED:
         for names in fused:
             if names & sources:
-                yield Operation(name=min(names), kind="product", integer=integer, kernel=kernel)
+                yield Operation(name=_chosen(names), kind="product", integer=integer, kernel=kernel)
+
+
+def _chosen(names: set[str]) -> str:
+    """The one that says which module it is of, else the first."""
+    return min(names, key=lambda name: (not names_a_module(name), name))
 
 
 def _products(model: Any) -> Iterator[set[str]]:

@@ -1,9 +1,11 @@
 """Does a file compute what its model computes? Its outputs, and each of its layers alone.
 
 Sums in another order move a value now and then to the next code of its grid, and what follows moves with it:
-at 4 bits that is plainly seen in the outputs. How much it can matter is measured on the model itself, which
-runs again with the noise of rounding added to what each layer and each quantizer gets; a file that is much
-further away than that is wrong. Layers are judged more sharply: see `layers`.
+at 4 bits that is plainly seen in the outputs. So do the biases of ONNX Runtime's integer convolutions, which
+are whole multiples of the step of their products. How much it can matter is measured on the model itself,
+which runs again with the noise of rounding added to what each layer and each quantizer gets. A file that is
+much further away than that is wrong, unless each of its layers, and what it makes of the last, is right where
+the model's own codes are put in before: see `layers`.
 
 SQNR is the signal-to-noise ratio 10 log10(sum x^2 / sum (x - y)^2), in dB.
 """
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 
 from qdetr_cli.data import Batch
 from qdetr_cli.errors import ExportError
-from qdetr_cli.export.layers import LayerParity, layers
-from qdetr_cli.export.rounding import decibels, least, rounding_noise, sqnr
+from qdetr_cli.export.layers import LayerParity, inside
+from qdetr_cli.export.probes import Arrays
+from qdetr_cli.export.program import OUTPUTS
+from qdetr_cli.export.rounding import ENOUGH, decibels, least, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
 
 KEPT = 0.95  # part of the queries that count: near ties choose other queries
@@ -34,6 +38,7 @@ class Agreement:
     largest: float  # difference of one number, over all images and the queries that count
     sqnr: float  # dB; the median over images
     rounding: float  # dB; the same of the model itself under the noise of rounding
+    alone: float | None  # dB; of what the file gives from the model's codes, on one image; None: not seen
 
     @property
     def least(self) -> float:
@@ -42,8 +47,8 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether rounding explains the difference."""
-        return self.sqnr >= self.least
+        """Whether rounding explains the difference, here or in the layers before, which are judged alone."""
+        return self.sqnr >= self.least or (self.alone is not None and self.alone >= ENOUGH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +106,12 @@ def compare(reference: nn.Module, candidate: nn.Module, batch: Batch, path: Path
             noisy = _outputs(reference(**given))
     near, noise = _paired(wanted, found), _paired(wanted, noisy)
     first = {name: each[:1] for name, each in given.items()}
+    seen = None if path is None else inside(reference, path, first)
+    alone = {} if seen is None else _alone(wanted, seen.outputs)
     parity = Parity(
         images=len(batch.pixel_values),
-        layers=() if path is None else layers(reference, path, first),
-        **{name: _agreement(near[name], noise[name]) for name in near},
+        layers=() if seen is None else seen.layers,
+        **{name: _agreement(near[name], noise[name], alone.get(name)) for name in near},
     )
     if not parity.holds:
         raise ExportError("\n".join(_explained(parity)))
@@ -114,6 +121,20 @@ def compare(reference: nn.Module, candidate: nn.Module, batch: Batch, path: Path
 def _outputs(outputs: Any) -> tuple[Tensor, Tensor]:
     """logits (B, Q, C) and boxes (B, Q, 4)."""
     return outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
+
+
+def _alone(wanted: tuple[Tensor, Tensor], found: Arrays) -> dict[str, float]:
+    """The SQNR of each output of the first image that the file gives from the model's codes."""
+    if not found:
+        return {}
+    pairs = _paired((wanted[0][:1], wanted[1][:1]), _first(found))
+    return {name: sqnr(x, y) for name, ((x, y),) in pairs.items()}
+
+
+def _first(found: Arrays) -> tuple[Tensor, Tensor]:
+    """logits (1, Q, C) and boxes (1, Q, 4) of the first image."""
+    logits, boxes = (torch.from_numpy(np.array(found[name][:1], np.float32)) for name in OUTPUTS)
+    return logits, boxes
 
 
 Pairs = dict[str, list[tuple[Tensor, Tensor]]]
@@ -141,11 +162,14 @@ def _matched(x: list[Tensor], y: list[Tensor]) -> tuple[Tensor, Tensor]:
     return rows[kept], columns[kept]
 
 
-def _agreement(near: list[tuple[Tensor, Tensor]], noise: list[tuple[Tensor, Tensor]]) -> Agreement:
+def _agreement(
+    near: list[tuple[Tensor, Tensor]], noise: list[tuple[Tensor, Tensor]], alone: float | None
+) -> Agreement:
     return Agreement(
         largest=max(float((x - y).abs().max()) for x, y in near),
         sqnr=float(np.median([sqnr(x, y) for x, y in near])),
         rounding=float(np.median([sqnr(x, y) for x, y in noise])),
+        alone=alone,
     )
 
 

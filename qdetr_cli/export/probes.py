@@ -169,22 +169,44 @@ class OpenVinoProbe:
 
     def values(self, given: Mapping[str, Tensor]) -> Arrays:
         """What each quantizer gives, and the outputs."""
-        import openvino
+        model = self.model.clone()
+        kept = {node.get_friendly_name(): node for node in model.get_ordered_ops() if _is_value(node)}
+        return self._run(model, kept, given, {})
+
+    def values_after(self, given: Mapping[str, Tensor], true: Mapping[str, Array]) -> Arrays:
+        """What each quantizer gives where all others gave their true values, and the outputs.
+
+        A quantizer stays in its place, where the compiler looks for it, and gets the values that it gives.
+        What it would have given is the result of another one like it.
+        """
+        from openvino import opset13 as op
 
         model = self.model.clone()
+        kept, set_ = {}, {}
+        for node in model.get_ordered_ops():
+            name = node.get_friendly_name()
+            if name in true and _is_value(node) and node.get_type_name() == "FakeQuantize":
+                given_ = op.parameter(node.get_output_shape(0), np.float32)
+                given_.output(0).set_names({_set(name)})
+                kept[name] = op.fake_quantize(*node.input_values(), node.get_attributes()["levels"])
+                node.input(0).replace_source_output(given_.output(0))
+                model.add_parameters([given_])
+                set_[_set(name)] = true[name]
+        return self._run(model, kept, given, set_)
+
+    def _run(self, model: Any, kept: Mapping[str, Any], given: Mapping[str, Tensor], set_: Arrays) -> Arrays:
+        """The outputs of a model, and of the nodes in `kept`."""
+        import openvino
+
         own = [port.get_any_name() for port in model.outputs]
-        kept = {node.get_friendly_name(): node for node in model.get_ordered_ops() if _is_value(node)}
         if kept:
             model.add_outputs([node.output(0) for node in kept.values()])
         compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         shapes = {port.get_any_name(): _dims(port.get_partial_shape()) for port in compiled.inputs}
-        results = compiled(feed_of(given, shapes))
+        free = {name: shape for name, shape in shapes.items() if name not in set_}
+        results = compiled(feed_of(given, free) | set_)
         names = (*own, *kept)
         return {name: np.array(results[place]) for place, name in enumerate(names)}
-
-    def values_after(self, given: Mapping[str, Tensor], true: Mapping[str, Array]) -> Arrays:
-        """Nothing: OpenVINO takes integers only where the quantizer itself stands before a layer."""
-        return {}
 
 
 def _is_value(node: Any) -> bool:

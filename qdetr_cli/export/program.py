@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from qdetr_cli.errors import ExportError
+from qdetr_cli.export.constants import Constants
 from qdetr_cli.fake_quant import Grid
 from qdetr_cli.operators import FAKE_QUANTIZE
 from qdetr_cli.quantizers import FakeQuantizer
@@ -163,7 +164,7 @@ def _has_effect(node: fx.Node) -> bool:
 
 def _roundings(program: ExportedProgram) -> Iterator[tuple[str, Rounding]]:
     """The roundings by their key; a quantizer that is called again has `:1`, `:2`.. after its path."""
-    constants = _Constants(program)
+    constants = Constants(program.graph, dict(owned(program)))
     calls: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.target is not FAKE_QUANTIZE:
@@ -179,31 +180,6 @@ def _roundings(program: ExportedProgram) -> Iterator[tuple[str, Rounding]]:
             )
         grid = Grid(step=constants(step), zero=constants(zero), qmin=qmin, qmax=qmax, free=False)
         yield key, Rounding(grid=grid, axis=axis, constant=constants(x) if constants.has(x) else None)
-
-
-class _Constants:
-    """The values of the nodes that depend on no input, computed as they are asked for."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        self.known = dict(owned(program))
-        self.open: set[fx.Node] = set()
-        for node in program.graph.nodes:
-            given = node.op == "placeholder" and node not in self.known
-            if given or any(each in self.open for each in node.all_input_nodes):
-                self.open.add(node)
-
-    def has(self, value: Any) -> bool:
-        """Whether a value depends on no input."""
-        return value not in self.open if isinstance(value, fx.Node) else True
-
-    def __call__(self, value: Any) -> Any:
-        """The tensor of a node; what is no node as it is."""
-        if not isinstance(value, fx.Node):
-            return value
-        if value not in self.known:
-            arguments = fx.map_arg((value.args, value.kwargs), self)
-            self.known[value] = value.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-        return self.known[value]
 
 
 def owned(program: ExportedProgram) -> Iterator[tuple[fx.Node, Tensor]]:
