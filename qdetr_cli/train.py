@@ -40,6 +40,7 @@ from qdetr_cli.stages import Stages
 
 STATE = "state.pt"
 LOG_EVERY = 20  # steps between two lines of metrics.jsonl
+SMALLEST_SCALE = 2.0**-14  # of losses in fp16: gradients that need a smaller one fit at none
 COMPILE_FROM = 300  # steps from which compiling, of 10 to 40 seconds, pays
 
 Save = Callable[[nn.Module, Path, Metrics | None], None]
@@ -103,7 +104,7 @@ class Trainer:
         make_alike(self.extras)
         self.oscillation = None if train.oscillation is None else OscillationFreezer(model, train.oscillation)
         groups = [*parameter_groups(self.model, family, train), *parameter_groups(self.extras, family, train)]
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups))
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, fused=True))
         self.progress = Progress(
             model=self.model,
             extras=self.extras,
@@ -224,7 +225,7 @@ class Trainer:
         average_gradients(self.extras)  # DDP sees to the model's alone
         self.accelerator.unscale_gradients()
         learned = [*self.wrapped.parameters(), *self.extras.parameters()]
-        if not clipped(learned, self.train.clip) and self.train.precision != "fp16":
+        if not clipped(learned, self.train.clip) and not self._will_be_left_out():
             raise self._diverged("the gradient is not finite", gradient=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,6 +234,10 @@ class Trainer:
             self.oscillation.update(self.position.step / self.total_steps)
         if self.average is not None:
             self.average.update(self.model)
+
+    def _will_be_left_out(self) -> bool:
+        """Whether fp16's scaler skips this step and tries a smaller scale; there is an end to that."""
+        return self.train.precision == "fp16" and self.accelerator.scaler.get_scale() > SMALLEST_SCALE
 
     def _told(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The loss and its terms, means over the processes. Raises DivergedError in all, if in one."""

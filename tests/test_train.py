@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +185,17 @@ def test_a_gradient_that_is_not_finite_stops_and_names_its_parameter(tmp_path, d
         DivergedError, match=r"step 0: the gradient is not finite; first bad .*classifier\.weight"
     ):
         broken.fit()
+
+
+@pytest.mark.parametrize(("scale", "stops"), [(1.0, False), (2.0**-20, True)])
+def test_fp16_leaves_steps_out_but_not_for_ever(tmp_path, data, scale, stops):
+    made = trainer(tmp_path / "a", data)
+    made.train = made.train.model_copy(update={"precision": "fp16"})
+    made.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale)
+    parameter = made.model.class_labels_classifier.bias
+    parameter.grad = torch.full_like(parameter, math.inf)
+    with pytest.raises(DivergedError, match="the gradient is not finite") if stops else nullcontext():
+        made._update()
 
 
 def test_live_batch_norms_move_and_frozen_ones_do_not(tmp_path, data):
