@@ -128,8 +128,8 @@ distill: {teacher: float, terms: {logits: 1.0, boxes: 1.0, co_attended: 1.0}}
 class Plain(torch.optim.SGD):
     """In AdamW's place: an update as large as the gradient, so that no noise is made large."""
 
-    def __init__(self, groups: Any) -> None:
-        super().__init__(groups, lr=1.0)
+    def __init__(self, groups: Any, *, fused: bool) -> None:
+        super().__init__(groups, lr=1.0, fused=fused)
 
 
 @pytest.fixture(scope="module")
