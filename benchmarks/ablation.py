@@ -11,9 +11,7 @@ an interrupted one is resumed, and the same command started twice shares the que
 """
 
 import argparse
-import csv
 import fcntl
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from typing import Any
 import yaml
 
 from benchmarks.ablation_table import write_table
+from benchmarks.ledger import Ledger, commit
 from qdetr_cli import pipeline, report, running
 from qdetr_cli.demo import SETTINGS, embedded
 from qdetr_cli.errors import RunError
@@ -31,7 +30,7 @@ from qdetr_cli.models import Source
 from qdetr_cli.recipe import load_recipe
 from qdetr_cli.results import DataSource
 from qdetr_cli.runs import write_json
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 
 HERE = Path(__file__).parent
 MENU, RESULTS = HERE / "ablation.yaml", HERE / "results"
@@ -74,7 +73,8 @@ def main() -> None:
     arguments = _arguments()
     menu = yaml.safe_load(MENU.read_text(encoding="utf-8"))
     data, source = _data(arguments), _source(arguments.model)
-    results = arguments.results / ("ladder.csv" if arguments.ladder else "ablation.csv")
+    path = arguments.results / ("ladder.csv" if arguments.ladder else "ablation.csv")
+    results = Ledger(path=path, columns=(*COLUMNS, *MORE), keys=4)
     for seed in arguments.seeds:  # the whole table with one seed, then with the next
         for bits in arguments.bits:
             rows = _rungs(menu["bits"][bits]) if arguments.ladder else menu["rows"]
@@ -83,7 +83,7 @@ def main() -> None:
                 content = dict(rows[row] or {})
                 recipe = {"extends": [menu["bits"][bits], *content.pop("extends", [])], **content}
                 _run(cell, recipe, source, data, results, arguments)
-    write_table(results)
+    write_table(path)
 
 
 def _arguments() -> argparse.Namespace:
@@ -131,11 +131,11 @@ def _run(
     recipe: dict[str, Any],
     source: Source,
     data: DataSource,
-    results: Path,
+    results: Ledger,
     arguments: argparse.Namespace,
 ) -> None:
     """One cell: fine-tune, or go on with it, and add its line."""
-    if cell.key in _measured(results):
+    if results.has(cell.key):
         return
     folder = arguments.runs / cell.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _run(
         ).fit
         before = _float_metrics(source, cell.model, data, arguments.runs, page)
         line = [*cell.key, *before[:1], fit.last.ap50_voc_area, before[1], fit.last.ap, fit.steps]
-        _append(results, [*line, round(fit.seconds), _commit(), " ".join(arguments.overrides)])
+        results.add([*line, round(fit.seconds), commit(), " ".join(arguments.overrides)])
         print(*(f"{each:.4f}" if isinstance(each, float) else each for each in line), flush=True)
 
 
@@ -185,28 +185,6 @@ def _claimed(folder: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _measured(results: Path) -> set[tuple[str, ...]]:
-    if not results.exists():
-        return set()
-    with results.open(newline="", encoding="utf-8") as file:
-        return {tuple(line[name] for name in COLUMNS[:4]) for line in csv.DictReader(file)}
-
-
-def _append(results: Path, line: list[Any]) -> None:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    new = not results.exists()
-    with results.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow((*COLUMNS, *MORE))
-        writer.writerow([round(each, 4) if isinstance(each, float) else each for each in line])
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import torch
 import transformers
 from torch import nn
 
+from qdetr_cli.calibrate import set_ranges
 from qdetr_cli.checkpoint import Detector, load_config_model
 from qdetr_cli.data import Batch
-from qdetr_cli.layers import Quantized
 from qdetr_cli.plan import make_plan
 from qdetr_cli.recipe import load_recipe
-from qdetr_cli.rewrite import quantizers, rewrite
+from qdetr_cli.rewrite import rewrite
 from qdetr_cli.trace import trace
 
 RT_DETR: dict[str, dict[str, Any]] = {
@@ -73,14 +73,5 @@ def fake_quant(detector: Detector, recipe: str, images: Batch) -> nn.Module:
     height, width = images.pixel_values.shape[-2:]
     facts = trace(model, detector.family, (height, width))
     rewrite(model, make_plan(load_recipe(recipe), facts), facts)
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            module.calibrate_weight()
-    watched = [each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")]
-    for each in watched:
-        each.start_observing()
-    with torch.no_grad():
-        model.eval()(pixel_values=images.pixel_values)
-    for each in watched:
-        each.finish_observing()
+    set_ranges(model, lambda: model(pixel_values=images.pixel_values))
     return model

@@ -9,20 +9,18 @@ Lines go to benchmarks/results/export_accuracy.csv, and a table beside it; what 
 """
 
 import argparse
-import csv
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 
+from benchmarks.ledger import Ledger, commit
 from benchmarks.peers import PEERS, Feed
 from qdetr_cli import pipeline, report
 from qdetr_cli.artefact import open_artefact, padded
@@ -38,7 +36,7 @@ from qdetr_cli.models import Model, Source, open_model, trace_size
 from qdetr_cli.recipe import Calibrate
 from qdetr_cli.results import DataSource
 from qdetr_cli.running import bench_of
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 from qdetr_cli.sessions import KEY
 from qdetr_cli.splits import open_split
 
@@ -56,7 +54,7 @@ class Setting:
 
     runs: Path
     data: DataSource
-    results: Path
+    results: Ledger
     threads: int
     page: report.Page
 
@@ -70,7 +68,7 @@ def main() -> None:
     setting = Setting(
         runs=arguments.runs,
         data=DataSource(scenes / "voc"),
-        results=arguments.results,
+        results=Ledger(path=arguments.results, columns=COLUMNS, keys=4),
         threads=arguments.threads,
         page=report.Page(json=True),
     )
@@ -82,7 +80,7 @@ def main() -> None:
             _theirs(model, seed, arguments.peers, setting)
     for name, _, folder in (each.partition("=") for each in arguments.qat):
         _fine_tuned(name, Source(folder), setting)
-    write_table(arguments.results)
+    write_table(setting.results)
 
 
 def _arguments() -> argparse.Namespace:
@@ -186,7 +184,7 @@ def _line(model: str, name: str, seed: str, path: Path, write: Callable[[], None
     """Make a file, measure it, and add its line, unless it is there."""
     runtime = RUNTIMES[path.suffix]
     key = (model, name, runtime, seed)
-    if any(tuple(line[each] for each in COLUMNS[:4]) == key for line in lines(setting.results)):
+    if setting.results.has(key):
         return
     began = time.perf_counter()
     if not path.exists():
@@ -198,7 +196,7 @@ def _line(model: str, name: str, seed: str, path: Path, write: Callable[[], None
     size = sum(each.stat().st_size for each in parts) / 1e6
     row = [*key, round(metrics.ap, 4), round(metrics.ap50_voc_area, 4), round(size, 2), round(taken)]
     print(*row, flush=True)
-    _append(setting.results, [*row, _commit()])
+    setting.results.add([*row, commit()])
 
 
 def measured(path: Path, setting: Setting) -> Metrics:
@@ -238,33 +236,10 @@ def _split(setting: Setting) -> DetectionData:
     return open_split(setting.data, setting.data.split, setting.page)
 
 
-def lines(path: Path) -> list[dict[str, str]]:
-    """What has been measured."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: list[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow(row)
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def write_table(results: Path) -> None:
+def write_table(results: Ledger) -> None:
     """Write `<results>.md`: AP of each file, in points, mean and standard deviation over the seeds."""
     found: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for line in lines(results):
+    for line in results.lines():
         found[line["file"], line["runtime"], line["model"]].append(line)
     models = list(dict.fromkeys(model for _, _, model in found))
     files = list(dict.fromkeys(key[:2] for key in found))
@@ -272,7 +247,7 @@ def write_table(results: Path) -> None:
     for file, runtime in files:
         cells = [_cell(found.get((file, runtime, model), [])) for model in models]
         text.append(f"| {file} | {runtime} | {' | '.join(cells)} |")
-    results.with_suffix(".md").write_text("\n".join([*text, ""]), encoding="utf-8")
+    results.path.with_suffix(".md").write_text("\n".join([*text, ""]), encoding="utf-8")
 
 
 def _cell(measured: list[dict[str, str]]) -> str:

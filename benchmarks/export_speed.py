@@ -12,7 +12,6 @@ benchmarks/results/export_speed.json, and the newest of each kind make the table
 import argparse
 import importlib.metadata
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from typing import Any
 
 from benchmarks.detectors import MODELS
 from benchmarks.export_files import FLOAT, Raced, raced
+from benchmarks.ledger import commit
 from qdetr_cli.benchmark.machine import machine
 from qdetr_cli.benchmark.turns import Candidate, measured
 from qdetr_cli.benchmark.worker import Job
@@ -117,11 +117,9 @@ def _candidate(card: Raced, path: Path, side: int, threads: int) -> Candidate:
 
 
 def _facts(found: dict[str, Any]) -> dict[str, Any]:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     when = datetime.now(UTC).isoformat(timespec="minutes")
-    return {"when": when, "commit": commit, "machine": found, "versions": versions}
+    return {"when": when, "commit": commit(), "machine": found, "versions": versions}
 
 
 def _add(results: Path, race: dict[str, Any]) -> None:

@@ -8,15 +8,14 @@ run again.
 """
 
 import argparse
-import csv
 import json
-import subprocess
 from pathlib import Path
 
+from benchmarks.ledger import Ledger, commit
 from qdetr_cli import pipeline, report
 from qdetr_cli.demo import SETTINGS, TRAIN_IMAGES, VAL_IMAGES, embedded
 from qdetr_cli.results import DataSource
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 
 RESULTS = Path(__file__).parent / "results" / "recipes.csv"
 PTQ_ONLY = ("w8a8",)  # nothing to train: calibrating is enough
@@ -44,10 +43,8 @@ def main() -> None:
 
 def measure(model: str, recipe: str, seed: int, arguments: argparse.Namespace) -> None:
     """One recipe on one model with one seed: three rows, float, ptq and qat."""
-    if any(
-        row["model"] == model and row["recipe"] == recipe and row["seed"] == str(seed)
-        for row in rows(arguments.results)
-    ):
+    results = Ledger(path=arguments.results, columns=COLUMNS, keys=3)
+    if results.has((model, recipe, str(seed))):
         print(f"{model} {recipe} seed {seed}: measured already", flush=True)
         return
     page, data = report.Page(json=True), DataSource(arguments.out / "scenes" / "voc")
@@ -60,39 +57,17 @@ def measure(model: str, recipe: str, seed: int, arguments: argparse.Namespace) -
     if recipe not in PTQ_ONLY:
         fit = pipeline.finetune(embedded(model), out=folder / "qat", **common).fit
         found["qat"], steps, seconds = fit.last, fit.steps, fit.seconds
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     for name, metrics in found.items():
         row = [model, recipe, seed, name, round(metrics.ap, 4), round(metrics.ap50_voc_area, 4)]
         trained = name == "qat"
         extra = [
             steps if trained else 0,
             round(seconds) if trained else 0,
-            commit,
+            commit(),
             json.dumps(arguments.overrides),
         ]
         print(*row, *extra[:2], flush=True)
-        append(arguments.results, row + extra)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """What has been measured."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: list[object]) -> None:
-    """Add one row, and the header to a new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow(row)
+        results.add(row + extra)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from qdetr_cli.quantizers import FakeQuantizer
 from qdetr_cli.recipe import load_recipe
 from qdetr_cli.rewrite import quantizers
 from qdetr_cli.running import bench_of
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 from qdetr_cli.student import saver, teacher_of, training_images, under_recipe
 from qdetr_cli.train import Trainer
 

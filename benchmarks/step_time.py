@@ -34,7 +34,7 @@ from qdetr_cli.recipe import Recipe, load_recipe
 
 STEPS, FIRST = 4, 2  # steps that count in one round, after some that do not
 PEERS = {"nncf": nncf_model, "torchao": torchao_model}
-BASE = dict.fromkeys(PEERS, "plain float") | {"plain qat": "plain float"}
+BASE = dict.fromkeys(PEERS, "plain float")
 VARIANTS = ("float", "qat", "qat compiled", "qat compiled, teacher", "plain float", *PEERS)
 
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -23,7 +23,8 @@ from qdetr_cli.batchnorm import freeze_batch_norms, thaw_batch_norms
 from qdetr_cli.families import family_of
 from qdetr_cli.processors import Processor
 from qdetr_cli.runs import write_json
-from qdetr_cli.scenes import CLASS_NAMES, digit_crop, write_scenes
+from qdetr_cli.scene_files import write_scenes
+from qdetr_cli.scenes import CLASS_NAMES, digit_crop
 
 SIZE, CROP = 64, 32
 TRAIN_IMAGES, CROPS, WARM_STEPS, WARM_BATCH = 24_000, 16_000, 1_000, 64

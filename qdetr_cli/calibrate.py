@@ -32,6 +32,19 @@ def calibrate(
     """
     if len(images) == 0:
         raise DataError("calibrate: the split holds no image")
+
+    def show() -> None:
+        for batch in same_size_batches(images, chosen(len(images), spec), spec.batch_size):
+            batch = batch.to(device)
+            model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+            advance(len(batch.image_ids))
+
+    return set_ranges(model, show)
+
+
+@torch.no_grad()
+def set_ranges(model: nn.Module, show: Callable[[], object]) -> tuple[str, ...]:
+    """Set the range of every quantizer from what it meets while `show` runs the model; see `calibrate`."""
     for module in model.modules():
         if isinstance(module, Quantized):
             module.calibrate_weight()
@@ -42,7 +55,7 @@ def calibrate(
             module.start_observing()
         if watching:
             switched = [each for each in inputs.values() if each.enabled and watching is not inputs]
-            _run(model, images, spec, device, advance, off=switched)
+            _run(model, show, off=switched)
         silent += [path for path, module in watching.items() if not module.finish_observing()]
     return tuple(silent)
 
@@ -58,23 +71,13 @@ def _alignments(model: nn.Module) -> dict[str, DistributionAlignment]:
     }
 
 
-def _run(
-    model: nn.Module,
-    images: ImageSet,
-    spec: Calibrate,
-    device: torch.device,
-    advance: Callable[[int], None],
-    off: Iterable[FakeQuantizer],
-) -> None:
-    """One pass over the chosen images, with the quantizers of `off` switched off."""
+def _run(model: nn.Module, show: Callable[[], object], off: Iterable[FakeQuantizer]) -> None:
+    """One pass in eval mode, with the quantizers of `off` switched off."""
     model.eval()
     for quantizer in off:
         quantizer.enabled = False
     try:
-        for batch in same_size_batches(images, chosen(len(images), spec), spec.batch_size):
-            batch = batch.to(device)
-            model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
-            advance(len(batch.image_ids))
+        show()
     finally:
         for quantizer in off:
             quantizer.enabled = True

@@ -15,7 +15,7 @@ from qdetr_cli.models import Source, versions
 from qdetr_cli.recipe import load_recipe
 from qdetr_cli.results import DataSource, Listener, PredictedImage
 from qdetr_cli.runs import new_folder
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 
 MODELS = Path(__file__).parent / "demo_assets" / "models"
 TRAIN_IMAGES, VAL_IMAGES, SHOWN_IMAGES = 16_000, 500, 8

@@ -3,21 +3,18 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from qdetr_cli.compiled import compiled_kernels
 from qdetr_cli.data import Batch, ImageSet, collate
+from qdetr_cli.engine import accelerator, shared_out, training_mode
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.families import Family
 from qdetr_cli.metrics import Metrics
@@ -92,7 +89,7 @@ class Trainer:
         self.folder, self.save, self.evaluate, self.watch = folder, save, evaluate, watch
         self.journal = Journal(folder / "metrics.jsonl")
         self.saved = time.monotonic()  # when a checkpoint was last written, or the training began
-        self.accelerator = _accelerator(train, device)
+        self.accelerator = accelerator(train, device)
         self.device = self.accelerator.device
         self.model = _trainable(model.to(self.device), train)
         self.stages = Stages(self.model, plan, train.stages)
@@ -114,7 +111,7 @@ class Trainer:
             scaler=self.accelerator.scaler,
             device=self.device,
         )
-        self.wrapped = _shared_out(self.model, self.device)
+        self.wrapped = shared_out(self.model, self.device)
 
     @property
     def position(self) -> Position:
@@ -178,7 +175,7 @@ class Trainer:
         """Go on to the end of the current epoch, of the training, or until asked to stop: by which signal."""
         epoch, done = divmod(self.position.step, self.steps_per_epoch)
         began = time.monotonic() - self.position.seconds
-        _training_mode(self.wrapped, self.train)
+        training_mode(self.wrapped, self.train)
         self.images.set_epoch(epoch)
         batches = iter(self._loader(epoch, skip=done * self.train.accumulate))
         for _ in range(min(self.steps_per_epoch - done, self.total_steps - self.position.step)):
@@ -190,7 +187,7 @@ class Trainer:
                 return signal
             if old:
                 self._write_last(None)
-                _training_mode(self.wrapped, self.train)
+                training_mode(self.wrapped, self.train)
         return 0
 
     def _step(self, batches: list[Batch]) -> dict[str, float]:
@@ -201,18 +198,21 @@ class Trainer:
             group["lr"] = group["base_lr"] * scale
         totals: dict[str, float] = {}
         for index, batch in enumerate(batches):
-            with self.accelerator.autocast():
-                loss, terms = self._loss(batch)
-            told = self._told({"loss": loss.detach(), **terms})
-            if index + 1 < len(batches):
-                with self.accelerator.no_sync(self.wrapped):
-                    self.accelerator.backward(loss / len(batches))
-            else:
-                self.accelerator.backward(loss / len(batches))
+            last = index + 1 == len(batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                told = self._passes(batch, part=1 / len(batches))
             for name, value in told.items():
                 totals[name] = totals.get(name, 0.0) + value / len(batches)
         self._update()
         return totals | {"lr": self.train.lr * scale}
+
+    def _passes(self, batch: Batch, *, part: float) -> dict[str, float]:
+        """Forward, and backward of a part of the loss; the loss and its terms."""
+        with self.accelerator.autocast():
+            loss, terms = self._loss(batch)
+        told = self._told({"loss": loss.detach(), **terms})
+        self.accelerator.backward(loss * part)
+        return told
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         try:
@@ -349,36 +349,6 @@ class Trainer:
         )
 
 
-def _accelerator(train: Train, device: str) -> Accelerator:
-    """Accelerate's engine. Its state is one per process, so that of an earlier training is dropped."""
-    AcceleratorState._reset_state(reset_partial_state=False)
-    precision = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
-    if train.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-        raise RunError("train.precision: fp16 needs CUDA; use bf16 or float32 on a CPU")
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=precision,
-        # given, so that what a launcher's configuration says of it does not divide the loss again
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
-
-
-def _shared_out(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, under DDP where several processes train it.
-
-    Not by `Accelerator.prepare`, which would leave evaluations under autocast. What a stage has off, and what
-    only some images need (denoising queries), gets no gradient in a step. Live batch norms get the
-    statistics of the first process.
-    """
-    if world() == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=True,
-    )
-
-
 def _trainable(model: nn.Module, train: Train) -> nn.Module:
     unmatched = freeze(model, train.freeze)
     if unmatched:
@@ -386,12 +356,3 @@ def _trainable(model: nn.Module, train: Train) -> nn.Module:
             f"train.freeze: {', '.join(unmatched)} matches no parameter; see `qdetr inspect MODEL`"
         )
     return model
-
-
-def _training_mode(model: nn.Module, train: Train) -> None:
-    """Training mode; with `batch_norm: frozen`, batch norms keep their statistics."""
-    model.train()
-    if train.batch_norm == "frozen":
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()

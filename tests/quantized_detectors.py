@@ -9,6 +9,7 @@ from torch import nn
 from watched_products import seen, watched
 
 from qdetr_cli.attention import QuantAttention
+from qdetr_cli.calibrate import set_ranges
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.families import family_of
 from qdetr_cli.fold import fold_batch_norms
@@ -98,16 +99,7 @@ def tensors(name: str, value):
 
 
 def calibrated(model: nn.Module, given: dict) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            module.calibrate_weight()
-    watched = [each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")]
-    for each in watched:
-        each.start_observing()
-    with torch.no_grad():
-        model.eval()(**given)
-    for each in watched:
-        each.finish_observing()
+    set_ranges(model, lambda: model(**given))
     return model
 
 

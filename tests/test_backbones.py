@@ -13,18 +13,19 @@ from tiny_detectors import HGNET, tiny_config
 from torch import nn
 
 from qdetr_cli.attention import QuantAttention
+from qdetr_cli.calibrate import set_ranges
 from qdetr_cli.checkpoint import Detector, load_config_model, load_float
 from qdetr_cli.errors import CheckpointError
 from qdetr_cli.families import role_of
 from qdetr_cli.fold import BATCH_NORMS, fold_batch_norms
-from qdetr_cli.layers import QuantConv2d, Quantized
+from qdetr_cli.layers import QuantConv2d
 from qdetr_cli.manifest import Manifest, load_weights, save_checkpoint
 from qdetr_cli.models import Source, open_model
 from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.processors import Processor
 from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Train, recipe_from_dict
-from qdetr_cli.rewrite import quantizers, rewrite, set_enabled
+from qdetr_cli.rewrite import rewrite, set_enabled
 from qdetr_cli.schedule import freeze
 from qdetr_cli.trace import GraphFacts, trace
 
@@ -312,15 +313,7 @@ def trained(name: str) -> nn.Module:
     detector, model, _, _ = rewritten(name)
     model = copy.deepcopy(model)
     set_enabled(model, None, True)
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            module.calibrate_weight()
-    watched = [q for path, q in quantizers(model).items() if not path.endswith("weight_quantizer")]
-    for quantizer in watched:
-        quantizer.start_observing()
-    with torch.no_grad():
-        model.eval()(**inputs("pixels"))
-    assert all(quantizer.finish_observing() for quantizer in watched)
+    assert set_ranges(model, lambda: model(**inputs("pixels"))) == ()
     model.train()
     optimizer = torch.optim.AdamW(parameter_groups(model, detector.family, Train(lr=1e-5, backbone_lr=1e-5)))
     loss = model(**inputs("labels")).loss

@@ -15,7 +15,7 @@ from tiny_runs import DIGITS, SETS, as_json, ok, qdetr, refused, write_coco, wri
 
 from qdetr_cli import demo, report
 from qdetr_cli.runs import Journal
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 
 PROMISED = {"ap", "ap50", "ap75", "ap50_voc_area", "ap50_voc07", "per_class"}
 RUNG = {"rung", "ap", "ap50_voc_area", "delta"}

@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny_runs import as_json
 
 from qdetr_cli.demo import MODELS
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 
 NAMES = ("conditional_detr", "d_fine")
 

@@ -20,7 +20,7 @@ from qdetr_cli.export.metadata import Metadata
 from qdetr_cli.models import Model, Source, open_model
 from qdetr_cli.processors import Processor
 from qdetr_cli.recipe import Export
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 from qdetr_cli.sessions import open_session
 
 FILES = {"onnx": ".onnx", "openvino": ".xml"}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from tiny_runs import refused
 
 from qdetr_cli.artefact import Artefact, open_artefact
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 BOMB = '<!ENTITY a0 "x">' + "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 10))

@@ -26,6 +26,7 @@ LAYERS = (
     ),
     (
         "devices",
+        "scene_files",
         "families",
         "data",
         "ranges",
@@ -57,7 +58,7 @@ LAYERS = (
     ("checkpoint", "layers", "plan", "attention", "support", "teacher", "one_to_many"),
     ("capture", "sums", "classes", "oscillation", "objective", "packed"),
     ("rewrite", "storage"),
-    ("calibrate", "stages", "rates", "progress", "evaluate", "models"),
+    ("calibrate", "engine", "stages", "rates", "progress", "evaluate", "models"),
     ("train", "export"),
     ("artefact", "benchmark"),
     ("results",),

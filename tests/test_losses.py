@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from tiny_batches import batch
 from tiny_detectors import tiny_config
 from torch import nn
 
 from qdetr_cli.checkpoint import load_config_model
-from qdetr_cli.data import Batch
 from qdetr_cli.losses import detection_loss, predictions_of
 
 FED_ON = ("detr", "conditional_detr", "table-transformer")
@@ -23,22 +23,6 @@ def built(name: str, **changes):
         for parameter in detector.model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return detector
-
-
-def batch(objects: tuple[int, ...] = (2, 1)) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    labels = []
-    for count in objects:
-        boxes = 0.2 + 0.3 * torch.rand(count, 4, generator=generator)
-        labels.append({"class_labels": torch.randint(0, 3, (count,), generator=generator), "boxes": boxes})
-    size = (64, 96)
-    return Batch(
-        pixel_values=torch.rand(len(objects), 3, *size, generator=generator),
-        pixel_mask=torch.ones(len(objects), *size, dtype=torch.int64),
-        labels=labels,
-        image_ids=list(range(len(objects))),
-        sizes=torch.tensor([size] * len(objects)),
-    )
 
 
 @pytest.mark.parametrize("name", FED_ON)

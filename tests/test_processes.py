@@ -21,12 +21,13 @@ from torch import nn
 from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.cli import app
 from qdetr_cli.data import Batch, ImageSet
+from qdetr_cli.engine import shared_out
 from qdetr_cli.errors import DataError, RunError
 from qdetr_cli.families import family_of
 from qdetr_cli.objective import Objective
 from qdetr_cli.processes import average_gradients, joined, rank, world
 from qdetr_cli.recipe import Distill, OneToMany, Term, Train
-from qdetr_cli.train import Trainer, _shared_out
+from qdetr_cli.train import Trainer
 
 # One of each kind of loss. The DDF of D-FINE and DEIMv2 is a mean of each process, so it is left out.
 FAMILIES = [
@@ -89,7 +90,7 @@ def gradients(name: str, extra: str = "") -> dict[str, torch.Tensor]:
     distill = Distill(teacher="float", terms={each: Term(weight=1.0) for each in TERMS})
     teacher = detector(name).model if extra == "taught" else None
     objective = Objective(built.model, built.family, train, distill, teacher=teacher, same_origin=True)
-    wrapped = _shared_out(built.model, torch.device("cpu"))
+    wrapped = shared_out(built.model, torch.device("cpu"))
     objective(wrapped, batch(slice(rank() * share, (rank() + 1) * share)))[0].backward()
     average_gradients(objective.extras)
     learned = [*built.model.named_parameters(), *objective.extras.named_parameters()]

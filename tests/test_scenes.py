@@ -10,7 +10,8 @@ from PIL import Image
 
 from qdetr_cli import scenes
 from qdetr_cli.errors import DataError
-from qdetr_cli.scenes import CLASS_NAMES, PHOTOS, Split, digit_crop, scene, write_scenes
+from qdetr_cli.scene_files import write_scenes
+from qdetr_cli.scenes import CLASS_NAMES, PHOTOS, Split, digit_crop, scene
 
 TRAIN, VAL = 60, 20
 COUNTS: dict[Split, int] = {"train": TRAIN, "val": VAL}

@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from quantized_detectors import all_slots, calibrated
+from tiny_batches import batch
 from tiny_detectors import tiny_config
 from torch import nn
 
@@ -55,24 +56,6 @@ def objective(name: str, classes: int = 3, queries: int = 7, **options) -> Objec
     train = Train(terms={"iou_aware": Term()}, one_to_many=doubled, **options)
     distill = Distill(teacher="float", terms={each: Term(weight=0.5) for each in DISTILL})
     return Objective(model.train(), family, train, distill, teacher=reference, same_origin=True)
-
-
-def batch(objects: tuple[int, ...] = (2, 1), size: tuple[int, int] = (64, 96)) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    labels = [
-        {
-            "class_labels": torch.zeros(count, dtype=torch.int64),
-            "boxes": 0.2 + 0.3 * torch.rand(count, 4, generator=generator),
-        }
-        for count in objects
-    ]
-    return Batch(
-        pixel_values=torch.randn(len(objects), 3, *size, generator=generator),
-        pixel_mask=torch.ones(len(objects), *size, dtype=torch.int64),
-        labels=labels,
-        image_ids=list(range(len(objects))),
-        sizes=torch.tensor([size] * len(objects)),
-    )
 
 
 def with_boxes(*boxes: list[float]) -> Batch:
@@ -157,7 +140,7 @@ def test_fp16_gives_finite_losses_and_gradients(name):
 @pytest.mark.parametrize("classes", [1, 1000])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_number_of_classes_gives_finite_losses_and_gradients(name, classes):
-    check_step(objective(name, classes=classes), batch())
+    check_step(objective(name, classes=classes), batch(classes=classes))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,7 +19,7 @@ from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.metrics import measure
 from qdetr_cli.recipe import Augment, Distill, Term, Train
 from qdetr_cli.runs import Journal
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 from qdetr_cli.signals import Interrupted
 from qdetr_cli.train import Trainer
 

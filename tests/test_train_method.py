@@ -29,7 +29,7 @@ from qdetr_cli.recipe import (
     recipe_from_dict,
 )
 from qdetr_cli.rewrite import quantizers, rewrite
-from qdetr_cli.scenes import write_scenes
+from qdetr_cli.scene_files import write_scenes
 from qdetr_cli.signals import Interrupted
 from qdetr_cli.trace import trace
 from qdetr_cli.train import Trainer
