@@ -34,7 +34,7 @@ from qdetr_cli.recipe import Recipe, load_recipe
 
 STEPS, FIRST = 4, 2  # steps that count in one round, after some that do not
 PEERS = {"nncf": nncf_model, "torchao": torchao_model}
-BASE = dict.fromkeys(PEERS, "plain float")
+BASE = dict.fromkeys(("plain float", *PEERS), "plain float")
 VARIANTS = ("float", "qat", "qat compiled", "qat compiled, teacher", "plain float", *PEERS)
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -90,7 +90,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:4]))
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    lacking = {BASE.get(name, "float") for name in arguments.variants} - {*arguments.variants}
+    if lacking:
+        parser.error(f"--variants: {', '.join(lacking)} must be among them, to be compared with")
+    return arguments
 
 
 def _in_own_process(name: str) -> Taken:
