@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from qdetr_cli.errors import RunError
 from qdetr_cli.quantizers import FakeQuantizer
+from qdetr_cli.recomputed import recomputed
 from qdetr_cli.recording import Arguments, Signature, bind, describe, leaves, signature_of
 
 
@@ -46,7 +47,8 @@ class QuantAttention(nn.Module):
                 f"{self.path}: called with {describe(signature)}, but captured with {known}. "
                 "Call the detector with pixel_values, pixel_mask and labels only"
             )
-        return found.run(self, **tensors_of(arguments))
+        with recomputed():
+            return found.run(self, **tensors_of(arguments))
 
 
 class QuantDeformable(nn.Module):
@@ -62,7 +64,7 @@ class QuantDeformable(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attention module gives, with quantizers."""
-        with _Sampling(self):
+        with _Sampling(self), recomputed():
             return super().forward(*args, **kwargs)
 
 

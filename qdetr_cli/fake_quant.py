@@ -12,8 +12,9 @@ the ends and 0 beyond,
 
     sum g dy/dstep = (sum g y - sum g_in x) / step      sum g dy/doffset = -step * (sum g - sum g_in)
 
-so the backward pass needs x, y and g alone, and the layer that follows keeps y in any case. On a CPU both
-passes work through blocks that stay in its cache: memory is read once and written once.
+so the backward pass needs x and g alone: y is computed again from x, here and for the layer that follows (see
+`recomputed`). On a CPU both passes work through blocks that stay in its cache: memory is read once and written
+once.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from qdetr_cli import compiled
 from qdetr_cli.ranges import STEP_FLOOR, has_free_offset
 from qdetr_cli.recipe import QuantFormat
+from qdetr_cli.recomputed import remember
 
 _BLOCK = 1 << 16  # values per thread in one block
 _TINY = 1.2e-38  # about the smallest normal float32
@@ -89,40 +91,52 @@ def fake_quantize(
     beyond the grid the zero point can only come back.
     """
     function = _Compiled if compiled.takes(x) and not has_free_offset(format) else _FakeQuantize
+    x = x.contiguous(memory_format=_layout(x, axis))
     y: Tensor = function.apply(x, step, offset, format, axis, scale)
+    if y.requires_grad and y.numel():
+        own, grid = x.detach(), (step.detach().clone(), None if offset is None else offset.detach().clone())
+        remember(y, lambda: function.rounded(own, *grid, format, axis))
     return y
 
 
 class _Compiled(torch.autograd.Function):
-    """The same in two kernels; only x is kept for the backward pass."""
+    """The same in two kernels."""
+
+    @staticmethod
+    def rounded(
+        x: Tensor, step: Tensor, offset: Tensor | None, format: QuantFormat, axis: int | None
+    ) -> Tensor:
+        layout = _layout(x, axis)
+        flat, live, zero = _flattened(x, step, offset, axis, layout)
+        return _like(compiled.round_to_grid(flat, live, zero, format.qmin, format.qmax), x, layout)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, *rest: Any) -> Tensor:
-        format, ctx.axis, ctx.scale = rest
-        ctx.layout, ctx.ends = _layout(x, ctx.axis), (format.qmin, format.qmax)
+        ctx.format, ctx.axis, ctx.scale = rest
         ctx.save_for_backward(x, step, offset)
-        flat, live, zero = _flattened(x, step, offset, ctx)
-        return _like(compiled.round_to_grid(flat, live, zero, *ctx.ends), x, ctx.layout)
+        return _Compiled.rounded(x, step, offset, ctx.format, ctx.axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, step, offset = ctx.saved_tensors
-        flat, live, zero = _flattened(x, step, offset, ctx)
-        incoming = _flattened(g, step, offset, ctx)[0]
-        g_in, d_step, d_offset = compiled.gradients(incoming, flat, live, zero, *ctx.ends)
+        layout = _layout(x, ctx.axis)
+        flat, live, zero = _flattened(x, step, offset, ctx.axis, layout)
+        incoming = _flattened(g, step, offset, ctx.axis, layout)[0]
+        ends = (ctx.format.qmin, ctx.format.qmax)
+        g_in, d_step, d_offset = compiled.gradients(incoming, flat, live, zero, *ends)
         by_offset = None if offset is None else d_offset.mul_(ctx.scale)
-        return _like(g_in, x, ctx.layout), d_step.mul_(ctx.scale), by_offset, None, None, None
+        return _like(g_in, x, layout), d_step.mul_(ctx.scale), by_offset, None, None, None
 
 
 def _flattened(
-    x: Tensor, step: Tensor, offset: Tensor | None, ctx: Any
+    x: Tensor, step: Tensor, offset: Tensor | None, axis: int | None, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return x as (n,), or as (outer, channels, inner) with step and offset (channels, 1)."""
-    x = _ordered(x.contiguous(memory_format=ctx.layout), ctx.layout)
-    if ctx.axis is None:
+    x = _ordered(x.contiguous(memory_format=layout), layout)
+    if axis is None:
         return x.view(-1), step, offset
-    outer, inner = _around(x, ctx.axis)
+    outer, inner = _around(x, axis)
     columns = None if offset is None else offset[:, None]
     return x.view(outer, step.numel(), inner), step[:, None], columns
 
@@ -141,23 +155,25 @@ def _like(y: Tensor, x: Tensor, layout: torch.memory_format) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
+    def rounded(
+        x: Tensor, step: Tensor, offset: Tensor | None, format: QuantFormat, axis: int | None
+    ) -> Tensor:
+        return _round(x, _Blocks(x, step, offset, format, axis))
+
+    @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, *rest: Any) -> Tensor:
         format, axis, ctx.scale = rest
-        ctx.blocks = blocks = _Blocks(x, step, offset, format, axis)
-        x = x.contiguous(memory_format=blocks.layout)
-        y = _round(x, blocks)
-        # A y of half precision is too coarse for the sums of the backward pass, which then computes it again.
-        ctx.save_for_backward(x, y if y.dtype == _real(y).dtype else None, step, offset)
-        return y
+        ctx.blocks = _Blocks(x, step, offset, format, axis)
+        ctx.save_for_backward(x, step, offset)
+        return _round(x, ctx.blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, step, offset = ctx.saved_tensors
+        x, step, offset = ctx.saved_tensors
         blocks: _Blocks = ctx.blocks
-        real = _real(x)
         g = _real(g).contiguous(memory_format=blocks.layout)
-        g_in, d_step, d_offset = _gradients(g, real, _round(real, blocks) if y is None else y, blocks)
+        g_in, d_step, d_offset = _gradients(g, _real(x), blocks)
         d_step = _toward(d_step.mul_(ctx.scale), step, low=STEP_FLOOR, high=inf)
         if offset is None:
             return g_in.to(x.dtype), d_step, None, None, None, None
@@ -273,19 +289,17 @@ def _count(scaled: Tensor, zero: Any, grid: _Blocks) -> Tensor:
     return scaled.round_().add_(zero).clamp_(grid.qmin, grid.qmax).sub_(zero)
 
 
-def _gradients(g: Tensor, x: Tensor, y: Tensor, blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(g: Tensor, x: Tensor, blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """Return g_in (as x), sum g dy/dstep and sum g dy/doffset, (channels,) each (zeros without an offset)."""
     g_in = torch.empty_like(x)
     if not x.numel():
         return g_in, x.new_zeros(blocks.channels), x.new_zeros(blocks.channels)
     by_step, by_offset = [], []
-    for gs, xs, ys, inside, step, zero in zip(
-        *(blocks.cut(tensor) for tensor in (g, x, y, g_in)), blocks.steps, blocks.zeros, strict=True
+    of_block = _flat_block if blocks.flat else _row_block
+    for gs, xs, inside, step, zero in zip(
+        *(blocks.cut(tensor) for tensor in (g, x, g_in)), blocks.steps, blocks.zeros, strict=True
     ):
-        if blocks.flat:
-            by_step.append(_flat_block(gs, xs, ys, step, zero, blocks, out=inside))
-        else:
-            by_step.append(_row_block(gs, xs, ys, step, zero, blocks, out=inside))
+        by_step.append(of_block(gs, xs, step, zero, blocks, out=inside))
         if zero is not None:
             by_offset.append((inside.sum(-1) - gs.sum(-1)) * (step if blocks.flat else step[:, 0]))
     d_step = blocks.total(by_step)
@@ -293,24 +307,27 @@ def _gradients(g: Tensor, x: Tensor, y: Tensor, blocks: _Blocks) -> tuple[Tensor
 
 
 def _flat_block(
-    g: Tensor, x: Tensor, y: Tensor, step: float, zero: float | None, grid: _Blocks, *, out: Tensor
+    g: Tensor, x: Tensor, step: float, zero: float | None, grid: _Blocks, *, out: Tensor
 ) -> Tensor:
     """Write g_in of a 1-D block to `out`, and return its sum g dy/dstep, ()."""
     shift = zero or 0.0
     low, high = (grid.qmin - shift) * step, (grid.qmax - shift) * step
     _keep(g, x, _just_beyond(low, -inf), _just_beyond(high, inf), grad_input=out)
-    return (torch.dot(g, y) - torch.dot(out, x)) / step
+    number = _count(x / step, zero, grid)
+    return torch.dot(g, number) - torch.dot(out, x) / step
 
 
 def _row_block(
-    g: Tensor, x: Tensor, y: Tensor, step: Tensor, zero: Tensor | None, grid: _Blocks, *, out: Tensor
+    g: Tensor, x: Tensor, step: Tensor, zero: Tensor | None, grid: _Blocks, *, out: Tensor
 ) -> Tensor:
     """Write g_in of a block of rows to `out`, and return its sums g dy/dstep, (r,)."""
     work = x / step
     if zero is not None:
         work.add_(zero)
     _keep(g, work, _just_beyond(grid.qmin, -inf), _just_beyond(grid.qmax, inf), grad_input=out)
-    return torch.mul(g, y, out=work).addcmul_(out, x, value=-1).sum(1) / step[:, 0]
+    by_range = torch.mul(out, x, out=work).sum(1) / step[:, 0]
+    number = _count(torch.div(x, step, out=work), zero, grid)
+    return number.mul_(g).sum(1) - by_range
 
 
 _keep = (

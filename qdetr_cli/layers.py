@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from qdetr_cli.errors import RecipeError
 from qdetr_cli.quantizers import FakeQuantizer, make_quantizer
 from qdetr_cli.recipe import QuantFormat
+from qdetr_cli.recomputed import recomputed
 
 FLOAT: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -54,7 +55,9 @@ class QuantLinear(Quantized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (.., D_out)."""
-        return F.linear(*self.operands(input), self.bias)
+        x, weight = self.operands(input)
+        with recomputed():
+            return F.linear(x, weight, self.bias)
 
 
 class QuantConv2d(Quantized, nn.Conv2d):
@@ -65,7 +68,9 @@ class QuantConv2d(Quantized, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (B, D_out, H', W')."""
-        y: Tensor = self._conv_forward(*self.operands(input), self.bias)
+        x, weight = self.operands(input)
+        with recomputed():
+            y: Tensor = self._conv_forward(x, weight, self.bias)
         return y
 
 
@@ -79,7 +84,8 @@ class QuantConvTranspose2d(Quantized, nn.ConvTranspose2d):
         padding = cast(tuple[int, ...], self.padding)  # torch refuses names here
         options = (self.stride, padding, self.output_padding, self.groups, self.dilation)
         x, weight = self.operands(input)
-        return F.conv_transpose2d(x, weight, self.bias, *options)
+        with recomputed():
+            return F.conv_transpose2d(x, weight, self.bias, *options)
 
 
 def quantized_layer(module: nn.Module, *, weight: QuantFormat | None, input: QuantFormat | None) -> Quantized:

@@ -45,6 +45,7 @@ LAYERS = (
         "box_counts",
         "folders",
         "compiled",
+        "recomputed",
         "features",
         "terms",
         "metrics",
