@@ -55,7 +55,7 @@ def rt_detr(name: str) -> Detector:
 def batch(images: int, side: int) -> Batch:
     """Noise with two objects in each image."""
     label = {
-        "class_labels": torch.tensor([1, 2]),
+        "class_labels": torch.tensor([0, 1]),
         "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.6, 0.3, 0.2]]),
     }
     return Batch(

@@ -89,6 +89,7 @@ def test_attention_and_norm_classes_are_those_of_the_model(detector):
         ("model.decoder.layers.3.encoder_attn", "decoder.cross_attention"),
         ("model.decoder.layers.3.encoder_attn.sampling_offsets", "sampling"),
         ("model.decoder.layers.10.gateway.gate", "decoder.other"),
+        ("model.enc_output.0", "decoder.other"),
         ("model.decoder.bbox_embed.11.layers.2", "box_head.last"),
         ("model.decoder.bbox_embed.2.layers.1", "box_head"),
         ("model.enc_bbox_head.layers.2", "box_head.last"),

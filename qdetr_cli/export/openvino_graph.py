@@ -16,6 +16,7 @@ from qdetr_cli.export.openvino_grids import Array, constant_numbers, number, num
 from qdetr_cli.export.openvino_nodes import Roundings, is_stand_in, name_of, put
 from qdetr_cli.export.openvino_placement import placed
 from qdetr_cli.export.openvino_products import integer_product
+from qdetr_cli.export.openvino_topk import keep_order_of_equals
 from qdetr_cli.sessions import package
 
 DOMAIN = "org.openvinotoolkit"  # of operators that OpenVINO's reader of ONNX knows beyond the standard
@@ -30,7 +31,7 @@ def openvino_model(graph: Marked) -> Any:
     roundings = dict(graph.program.roundings)
     _put_stand_ins(graph)
     model = openvino.Core().read_model(ir.to_proto(graph.model).SerializeToString())
-    _keep_order_of_equals(model)
+    keep_order_of_equals(model)
     _fold_constants(model, roundings)
     roundings = placed(model, roundings)
     _round_products(model, roundings)
@@ -41,20 +42,6 @@ def openvino_model(graph: Marked) -> Any:
     model.validate_nodes_and_infer_types()
     model.set_rt_info("0", NOT_DYNAMIC)
     return model
-
-
-def _keep_order_of_equals(model: Any) -> None:
-    """Of equal scores let the first come first, as in ONNX: it decides which tokens become queries."""
-    from openvino import opset13 as op
-
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "TopK":
-            told = node.get_attributes()
-            kind = told["index_element_type"]
-            stable = op.topk(*node.input_values(), told["axis"], told["mode"], told["sort"], kind, True)
-            for old, new in zip(node.outputs(), stable.outputs(), strict=True):
-                for target in list(old.get_target_inputs()):
-                    target.replace_source_output(new)
 
 
 def _put_stand_ins(graph: Marked) -> None:
