@@ -22,6 +22,7 @@ from qdetr_cli.exporting import (
     exported_file,
     packed_folder,
     parse_batch,
+    parse_export_size,
     refuse_settings,
     told,
 )
@@ -49,7 +50,7 @@ def export(
     file that differs by more than rounding is not kept.
     """
     began = time.perf_counter()
-    wanted, images = parse_size(size), parse_batch(batch)
+    (wanted, any_size), images = parse_export_size(size), parse_batch(batch)
     load_plugins(plugins)
     model = open_model(source, listener.say) if to is None else None
     to = to or told(model).to
@@ -69,6 +70,7 @@ def export(
         evaluation,
         threads,
         batch=images,
+        any_size=any_size,
         began=began,
         listener=listener,
     )

@@ -22,7 +22,7 @@ from qdetr_cli.export.floats import explained
 from qdetr_cli.export.kernels import Kernels
 from qdetr_cli.export.metadata import Metadata
 from qdetr_cli.metrics import Metrics, measure
-from qdetr_cli.models import Model, known_classes, save_packed, trace_size, versions
+from qdetr_cli.models import Model, known_classes, parse_size, save_packed, trace_size, versions
 from qdetr_cli.recipe import Export
 from qdetr_cli.results import Exported, Listener
 from qdetr_cli.rewrite import set_enabled
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # it needs the extra [export]
 
 Size = tuple[int, int]
 
+ANY = "any"  # what --size and --batch call a free dimension
 COMPARED = (8, 16)  # fewest and most images on which file and model are compared: few medians say little
 PIXELS = 16 * 640 * 640  # of those images together; the fewest may pass it
 SAME_AP = 0.005  # AP of file and model may differ by this: rounding moves a code, and that may move a rank
@@ -66,18 +67,23 @@ def exported_file(
     threads: int | None,
     *,
     batch: int | None,
+    any_size: bool,
     began: float,
     listener: Listener,
 ) -> Exported:
-    """Write `out`, run it and compare it with the model. Raises ExportError if it differs: nothing stays."""
+    """Write `out`, run it and compare it with the model. Raises ExportError if it differs: nothing stays.
+
+    `any_size`: `size` is one of the sizes that the file takes.
+    """
     target = TARGETS[to]
-    listener.say(f"exporting at {size[0]}x{size[1]}, and comparing the file with the model")
+    at = "for any size" if any_size else f"at {size[0]}x{size[1]}"
+    listener.say(f"exporting {at}, and comparing the file with the model")
     with draft_files(out, target.companions) as draft:
-        write(model, to, size, draft, batch=batch)
+        write(model, to, size, draft, batch=batch, any_size=any_size)
         artefact = open_artefact(draft, threads)
         parity = compared(model, artefact, sample(artefact.detector.processor, data, size))
         metrics = {} if data is None else both_metrics(model, artefact, data, listener)
-        used = kernels(to, draft)
+        used = kernels(to, draft, size)
     floats = explained(used, model.plan)
     for each in floats:
         if not each.reason:
@@ -90,7 +96,7 @@ def exported_file(
         to=to,
         files=files,
         quantized=model.plan is not None,
-        size=size,
+        size=None if any_size else size,
         bytes=sum(each.stat().st_size for each in files),
         float_bytes=float_bytes(model),
         kernels=used,
@@ -145,11 +151,16 @@ def told(model: Model | None) -> Export:
 
 def parse_batch(text: str) -> int | None:
     """The number of images of the file, None for any. Raises ExportError for anything else."""
-    if text == "any":
+    if text == ANY:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ExportError(f"--batch {text}: is not a number of images, nor any")
+        raise ExportError(f"--batch {text}: is not a number of images, nor {ANY}")
     return int(text)
+
+
+def parse_export_size(text: str | None) -> tuple[Size | None, bool]:
+    """The (H, W) that is asked for, and whether a file for any size is. Raises RunError for anything else."""
+    return (None, True) if text == ANY else (parse_size(text, ANY), False)
 
 
 def refuse_settings(to: str, given: Mapping[str, bool]) -> None:
@@ -193,17 +204,27 @@ def float_bytes(model: Model) -> int:
 
 
 def write(
-    model: Model, to: str, size: Size, path: Path, *, batch: int | None = 1, quantized: bool = True
+    model: Model,
+    to: str,
+    size: Size,
+    path: Path,
+    *,
+    batch: int | None = 1,
+    quantized: bool = True,
+    any_size: bool = False,
 ) -> None:
-    """Write the model for `batch` images (None: any) of `size`; `quantized` off: its float weights."""
+    """Write the model for `batch` images (None: any) of `size`; `quantized` off: its float weights.
+
+    `any_size`: for images of other sizes too.
+    """
     import onnx
 
     from qdetr_cli.export.onnx_graph import marked, with_pairs
     from qdetr_cli.export.program import exported
 
     with nullcontext() if quantized or model.plan is None else _float_mode(model), _silent():
-        graph = marked(exported(model.module, size, batch=batch))
-    text = metadata_of(model, size, quantized=quantized).to_json()
+        graph = marked(exported(model.module, size, batch=batch, any_size=any_size))
+    text = metadata_of(model, None if any_size else size, quantized=quantized).to_json()
     if to == "onnx":
         from qdetr_cli.export.ort.prepare import prepared
 
@@ -218,7 +239,7 @@ def write(
         _saved(network, path)
 
 
-def metadata_of(model: Model, size: Size, *, quantized: bool) -> Metadata:
+def metadata_of(model: Model, size: Size | None, *, quantized: bool) -> Metadata:
     """What a file says of itself."""
     detector = model.detector
     return Metadata(
@@ -254,13 +275,15 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def kernels(to: str, path: Path) -> Kernels:
-    """What of the file runs on integer kernels, as the runtime's profile says."""
+def kernels(to: str, path: Path, size: Size) -> Kernels:
+    """What of the file runs on integer kernels for images of `size`, as the runtime's profile says."""
     if to == "onnx":
         from qdetr_cli.export.ort.profile import kernels as executed
-    else:
-        from qdetr_cli.export.openvino_profile import kernels as executed
-    return executed(path)
+
+        return executed(path, size)
+    from qdetr_cli.export.openvino_profile import kernels as compiled
+
+    return compiled(path)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ the ends and 0 beyond,
 
     sum g dy/dstep = (sum g y - sum g_in x) / step      sum g dy/doffset = -step * (sum g - sum g_in)
 
-so the backward pass needs x and g alone: y is computed again from x, here and for the layer that follows (see
-`recomputed`). On a CPU both passes work through blocks that stay in its cache: memory is read once and written
-once.
+so the backward pass needs x and g alone: y is computed again from x, here and for the layer that follows
+(see `recomputed`). On a CPU both passes work through blocks that stay in its cache: memory is read once and
+written once.
 """
 
 from collections.abc import Sequence

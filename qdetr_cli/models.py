@@ -209,13 +209,14 @@ def check_scales(model: Model, scales: Sequence[int]) -> None:
         )
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(H, W) of `HxW`. Raises RunError for anything else."""
+def parse_size(text: str | None, other: str | None = None) -> tuple[int, int] | None:
+    """(H, W) of `HxW`. Raises RunError for anything else; it names what `other` may be given."""
     if text is None:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 32 for part in parts):
-        raise RunError(f"--size {text}: is not HxW with at least 32 pixels each; for example 640x640")
+        also = "" if other is None else f", nor {other}"
+        raise RunError(f"--size {text}: is not HxW with at least 32 pixels each{also}; for example 640x640")
     return int(parts[0]), int(parts[1])
 
 

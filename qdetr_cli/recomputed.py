@@ -1,8 +1,8 @@
 """What was rounded to a grid is rounded again for the backward pass, instead of being kept for it.
 
 A layer's input exists twice under fake quantization: as it came, which the gradients of step and offset need
-(and which the layer before keeps in most cases: a ReLU, a softmax), and on the grid, which the gradient of the
-weight needs. The second follows from the first, so autograd keeps the first alone.
+(and which the layer before keeps in most cases: a ReLU, a softmax), and on the grid, which the gradient of
+the weight needs. The second follows from the first, so autograd keeps the first alone.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class _View:
     again: Again
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 @dataclass(frozen=True, slots=True)

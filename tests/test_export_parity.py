@@ -18,7 +18,7 @@ from qdetr_cli.export.openvino_graph import openvino_model
 from qdetr_cli.export.parity import Parity, compare
 from qdetr_cli.export.probes import OnnxProbe
 from qdetr_cli.export.program import exported
-from qdetr_cli.export.rounding import BEST, sqnr
+from qdetr_cli.export.rounding import BEST, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
 
 MODEL = toy(4)
@@ -192,3 +192,21 @@ def test_of_equal_scores_the_lower_index_comes_first():
         assert scores.topk(2, dim=1).indices.tolist() == [[1, 2]]
     assert places.tolist() == [[1, 2, 4]]
     assert values.tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_the_noise_of_whole_biases_is_what_integer_convolutions_do():
+    """A convolution whose bias falls between two steps of its products gives what the next one gives."""
+    model = toy(8)
+    layer = model.stem
+    step = layer.input_quantizer.grid().step * layer.weight_quantizer.grid().step
+    with torch.no_grad():
+        layer.bias.copy_(step * (torch.arange(len(step)) + 0.4))
+    given = images(1)["pixel_values"]
+    seen = {}
+    with torch.no_grad():
+        exact = layer(given)
+        with rounding_noise(model, whole_biases=True):
+            layer.register_forward_hook(lambda _, args, y: seen.update(y=y))
+            model(given)
+    moved = (exact - seen["y"]).mean((0, 2, 3)) / step
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.4), rtol=0, atol=0.05)

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from exported_models import HEADS, SIZE, Toy, asymmetric, images, run_plain, toy
+from family_models import facts_of
 from onnx import numpy_helper
 from torch import Tensor
 
@@ -164,6 +165,22 @@ def test_a_model_that_cannot_be_followed_is_an_error_that_says_so():
     set_enabled(model, None, False)
     with pytest.raises(ExportError, match=r"cannot follow the model at 12x8 pixels: .*; try another --size"):
         exported(model, SIZE)
+
+
+@pytest.mark.parametrize(("name", "free"), [("yolos", True), ("rt_detr", False)])
+def test_any_size_is_exported_exactly_or_refused(name, free):
+    """RT-DETR's code makes Python numbers of the sizes of its maps: its file would compute nonsense."""
+    model = facts_of(name)[0].eval()
+    if not free:
+        with pytest.raises(ExportError, match="--size any: the code of this model makes constants"):
+            exported(model, (96, 160), any_size=True)
+        return
+    program = exported(model, (96, 160), any_size=True)
+    assert program.size is None
+    for size in ((96, 160), (128, 96), (97, 131)):
+        pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.equal(program.exported.module()(pixel_values=pixels)[0], model(pixels).logits)
 
 
 def test_the_model_is_left_as_it_was():

@@ -117,6 +117,27 @@ def test_the_file_computes_what_the_model_does(world, to):
     assert (unmasked.logits[0] - found.logits[0]).norm() / found.logits[0].norm() > 10 * away
 
 
+@RUNTIMES
+def test_a_file_for_any_size_computes_what_the_model_does_at_each(world, opened, to, tmp_path):
+    path = tmp_path / f"any{FILES[to]}"
+    found = as_json("export", world.quantized, "--to", to, "-o", path, "--size", "any", "-d", world.data)
+    assert found["size"] is None
+    assert found["parity"]["holds"]
+    fixed, free = (each["kernels"]["convolution"]["integer"] for each in (world.told[to], found))
+    assert free == fixed if to == "openvino" else 0 < free < fixed  # there windows are gathered by constants
+    artefact = open_artefact(path, threads=1)
+    assert artefact.session.inputs.size is artefact.metadata.size is None
+    for size in ((64, 96), (160, 64), (97, 131)):
+        pixels = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(0))
+        mask = torch.ones(8, *size, dtype=torch.int64)
+        with torch.no_grad():
+            wanted = opened.module.eval()(pixel_values=pixels, pixel_mask=mask).logits
+        logits = artefact.detector.model(pixel_values=pixels, pixel_mask=mask).logits
+        away = (logits - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+        assert away.median() < 1e-4, size  # one code of four bits that rounding moves is 6 %
+        assert away.max() < 0.2, size
+
+
 def test_a_float_model_is_exported_as_float(world, tmp_path):
     path = tmp_path / "float.onnx"
     text = ok("export", world.model, "--to", "onnx", "-o", path, "--size", "64x64", "--batch", "any").stdout

@@ -100,4 +100,5 @@ def test_nothing_is_noted_without_gradients():
     before = len(_alive)
     with torch.no_grad():
         y = layer.operands(torch.zeros(1, 3))
-    assert len(_alive) == before and y[1].shape == (2, 3)
+    assert len(_alive) == before
+    assert y[1].shape == (2, 3)

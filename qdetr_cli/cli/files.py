@@ -38,7 +38,10 @@ def export(
     size: Annotated[
         str | None,
         typer.Option(
-            "--size", metavar="HxW", help="The size of its images.", show_default="the recipe's or plan's"
+            "--size",
+            metavar="HxW",
+            help="The size of its images, or any, which DETR's line and YOLOS allow.",
+            show_default="the recipe's or plan's",
         ),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Images in one run: a number, or any.")] = "1",

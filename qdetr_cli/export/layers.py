@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qdetr_cli.export.probes import Array, Arrays, Probe, in_order, probe
 from qdetr_cli.export.program import OUTPUTS
-from qdetr_cli.export.rounding import BEST, decibels, least, rounding_noise, sqnr
+from qdetr_cli.export.rounding import BEST, decibels, has_whole_biases, least, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
 from qdetr_cli.quantizers import FakeQuantizer
 
@@ -71,7 +71,7 @@ def inside(model: nn.Module, path: Path, given: Mapping[str, Tensor]) -> Inside:
     wanted, steps = model_values(model, given)
     found = opened.values(given)
     orders, alone = _told_apart(opened, given, wanted, found)
-    with rounding_noise(model):
+    with rounding_noise(model, whole_biases=has_whole_biases(path)):
         noisy, _ = model_values(model, given)
     compared = tuple(
         LayerParity(

@@ -1,7 +1,7 @@
-"""The k greatest of many scores, of equal ones the first: what decides which tokens become queries, as in ONNX.
+"""The k greatest of many scores, of equal ones the first, as in ONNX: it decides which tokens become queries.
 
-OpenVINO's stable TopK goes through all scores k times: 20 ms of 8400 scores and 300 queries, more than any
-other layer of an RT-DETR. So its quick TopK, whose choice among equals is any, only finds the k-th score: what
+OpenVINO's stable TopK goes through all scores k times: for 8400 scores and 300 queries that takes longer than
+any other layer of an RT-DETR. So its quick TopK, which chooses any of equals, only finds the k-th score: what
 is above it is taken, and of what equals it the first few. Those k alone are then sorted by the stable one.
 """
 

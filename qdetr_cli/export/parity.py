@@ -25,7 +25,7 @@ from qdetr_cli.errors import ExportError
 from qdetr_cli.export.layers import LayerParity, inside
 from qdetr_cli.export.probes import Arrays
 from qdetr_cli.export.program import OUTPUTS
-from qdetr_cli.export.rounding import ENOUGH, decibels, least, rounding_noise, sqnr
+from qdetr_cli.export.rounding import ENOUGH, decibels, has_whole_biases, least, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
 
 KEPT = 0.95  # part of the queries that count: near ties choose other queries
@@ -102,7 +102,7 @@ def compare(reference: nn.Module, candidate: nn.Module, batch: Batch, path: Path
     found = _outputs(candidate(**given))
     with LowerIndexFirst():
         wanted = _outputs(reference(**given))
-        with rounding_noise(reference):
+        with rounding_noise(reference, whole_biases=has_whole_biases(path)):
             noisy = _outputs(reference(**given))
     near, noise = _paired(wanted, found), _paired(wanted, noisy)
     first = {name: each[:1] for name, each in given.items()}

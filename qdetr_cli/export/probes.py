@@ -186,7 +186,7 @@ class OpenVinoProbe:
         for node in model.get_ordered_ops():
             name = node.get_friendly_name()
             if name in true and _is_value(node) and node.get_type_name() == "FakeQuantize":
-                given_ = op.parameter(node.get_output_shape(0), np.float32)
+                given_ = op.parameter(node.get_output_partial_shape(0), np.float32)
                 given_.output(0).set_names({_set(name)})
                 kept[name] = op.fake_quantize(*node.input_values(), node.get_attributes()["levels"])
                 node.input(0).replace_source_output(given_.output(0))

@@ -1,4 +1,4 @@
-"""A detector as a program: one torch.export at a fixed size, in which each quantizer is one node."""
+"""A detector as a program: one torch.export, at one size or any, in which each quantizer is one node."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,8 @@ from qdetr_cli.recording import undisturbed
 from qdetr_cli.rewrite import quantizers
 
 INPUTS = ("pixel_values", "pixel_mask")
+SIDES = {"pixel_values": (2, 3), "pixel_mask": (1, 2)}  # the dimensions of height and width
+SMALLEST = 64  # pixels of a side that is free: a backbone has a stride of 32
 OUTPUTS = ("logits", "pred_boxes")
 
 aten = torch.ops.aten
@@ -47,7 +49,7 @@ class Program:
 
     exported: ExportedProgram
     inputs: tuple[str, ...]  # of INPUTS, those that the outputs depend on
-    size: tuple[int, int]  # H, W
+    size: tuple[int, int] | None  # H, W; None: any
     batch: int | None  # None: any
     roundings: Mapping[str, Rounding]
 
@@ -66,21 +68,33 @@ class Detections(nn.Module):
 
 
 @torch.no_grad()
-def exported(model: nn.Module, size: tuple[int, int], *, mask: bool = True, batch: int | None = 1) -> Program:
+def exported(
+    model: nn.Module,
+    size: tuple[int, int],
+    *,
+    mask: bool = True,
+    batch: int | None = 1,
+    any_size: bool = False,
+) -> Program:
     """The program of a float or fake-quant model for images of `size` (H, W); the model is left as it was.
 
-    `batch` is the number of images, None: any. `mask` asks for a pixel_mask input, which is there if any
-    output depends on it. Raises ExportError where the model cannot be followed, or has quantizers that no
-    integer model has.
+    `any_size`: for images of other sizes too. `batch` is the number of images, None: any. `mask` asks for a
+    pixel_mask input, which is there if any output depends on it. Raises ExportError where the model cannot be
+    followed, or has quantizers that no integer model has.
     """
     _check_deployable(model)
-    program = _export(model, size, mask, batch)
+    program = _export(model, size, mask, batch, any_size)
     _drop_checks(program.graph_module)
     used = tuple(node.name for node in program.graph.nodes if node.name in INPUTS and _is_read(node))
     if mask and "pixel_mask" not in used:
-        return exported(model, size, mask=False, batch=batch)
-    roundings = dict(_roundings(program))
-    return Program(exported=program, inputs=used, size=size, batch=batch, roundings=roundings)
+        return exported(model, size, mask=False, batch=batch, any_size=any_size)
+    return Program(
+        exported=program,
+        inputs=used,
+        size=None if any_size else size,
+        batch=batch,
+        roundings=dict(_roundings(program)),
+    )
 
 
 def _check_deployable(model: nn.Module) -> None:
@@ -92,20 +106,34 @@ def _check_deployable(model: nn.Module) -> None:
         )
 
 
-def _export(model: nn.Module, size: tuple[int, int], mask: bool, batch: int | None) -> ExportedProgram:
+def _export(
+    model: nn.Module, size: tuple[int, int], mask: bool, batch: int | None, any_size: bool
+) -> ExportedProgram:
     images = batch or 2  # a size of 1 would be taken for a constant
     weight = next(model.parameters())
     given = {"pixel_values": weight.new_zeros(images, 3, *size)}
     if mask:
         given["pixel_mask"] = torch.ones(images, *size, dtype=torch.int64, device=weight.device)
-    free = None if batch else {name: {0: Dim("batch")} for name in given}
+    free = _free(tuple(given), batch, any_size)
     wrapped = Detections(model)
     with undisturbed(wrapped), symbolic_lengths(model), known_grids(model):
         wrapped.eval()
         try:
             return torch.export.export(wrapped, (), given, dynamic_shapes=free, strict=False)
         except Exception as error:
-            raise ExportError(_reason(size, batch, error)) from error
+            raise ExportError(_reason(size, batch, any_size, error)) from error
+
+
+def _free(names: tuple[str, ...], batch: int | None, any_size: bool) -> dict[str, dict[int, Any]] | None:
+    """What `dynamic_shapes` of torch.export wants: of each input the dimensions that are free."""
+    images, sides = Dim("batch"), [Dim(name, min=SMALLEST) for name in ("height", "width")]
+    free: dict[str, dict[int, Any]] = {name: {} for name in names}
+    for name, own in free.items():
+        if batch is None:
+            own[0] = images
+        if any_size:
+            own.update(zip(SIDES[name], sides, strict=True))
+    return free if any(free.values()) else None
 
 
 @contextmanager
@@ -136,8 +164,13 @@ def _always(grid: Grid, _: Tensor) -> Grid:
     return grid
 
 
-def _reason(size: tuple[int, int], batch: int | None, error: Exception) -> str:
+def _reason(size: tuple[int, int], batch: int | None, any_size: bool, error: Exception) -> str:
     first = str(error).strip().partition("\n")[0]
+    if any_size:
+        return (
+            "--size any: the code of this model makes constants of the sizes of its maps, so a file has one "
+            f"size: --size HxW (torch.export: {first.partition('!')[0]})"
+        )
     way_out = "try another --size" if batch else "export it for a fixed number of images"
     return f"torch.export cannot follow the model at {size[0]}x{size[1]} pixels: {first}; {way_out}"
 

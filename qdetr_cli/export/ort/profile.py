@@ -24,11 +24,14 @@ _ADDED = re.compile(r"(_token_\d+|_nchwc|/.*)+$")  # to a node's name, by the ru
 _BAND = re.compile(r"\.\d+$")
 
 
-def kernels(path: Path) -> Kernels:
-    """What of the file runs on integer kernels: every layer that a run on zeros executed, bands as one."""
+def kernels(path: Path, size: tuple[int, int] = (64, 64)) -> Kernels:
+    """What of the file runs on integer kernels: every layer that a run on zeros executed, bands as one.
+
+    `size` (H, W) is for files that take any.
+    """
     kinds = dict(_kinds(onnx.load(path, load_external_data=False).graph))
     found: dict[str, Operation] = {}
-    for name, kernel in _executed(path):
+    for name, kernel in _executed(path, size):
         layer = _BAND.sub("", name)
         kind = kinds.get(name, "convolution" if kernel in _CONVOLUTIONS else "linear")
         if layer not in found or found[layer].integer:  # a layer is as slow as its slowest band
@@ -36,16 +39,16 @@ def kernels(path: Path) -> Kernels:
     return Kernels(runtime="onnxruntime", operations=tuple(found.values()))
 
 
-def _executed(path: Path) -> Iterator[tuple[str, str]]:
+def _executed(path: Path, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
     """The nodes that compute products, by their name in the file, and the kernel of each, in order."""
-    for event in _profile(path):
+    for event in _profile(path, size):
         kernel = event.get("args", {}).get("op_name", "")
         name = event.get("name", "")
         if kernel in (*_CONVOLUTIONS, *_PRODUCTS) and name.endswith("_kernel_time"):
             yield _ADDED.sub("", name.removesuffix("_kernel_time")), kernel
 
 
-def _profile(path: Path) -> list[dict[str, Any]]:
+def _profile(path: Path, size: tuple[int, int]) -> list[dict[str, Any]]:
     """The events of one run."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
@@ -53,14 +56,15 @@ def _profile(path: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.run(None, {each.name: _zeros(each) for each in session.get_inputs()})
+        session.run(None, {each.name: _zeros(each, size) for each in session.get_inputs()})
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return events
 
 
-def _zeros(value: Any) -> np.ndarray[Any, Any]:
-    """What an input can be: zeros, and one of whatever is free."""
-    shape = [side if isinstance(side, int) else 1 for side in value.shape]
+def _zeros(value: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """What an input can be: zeros, one image where their number is free, sides of `size` where they are."""
+    least = [1] * (len(value.shape) - 2) + list(size)
+    shape = [side if isinstance(side, int) else free for side, free in zip(value.shape, least, strict=True)]
     return np.zeros(shape, np.int64 if "int64" in value.type else np.float32)
 
 
