@@ -1,9 +1,7 @@
 """Where activations are rounded: moved to where the compiler does it in passing, and every value stays.
 
-Rounding is monotonous, so it may come before a maximum as well as after it; what only moves values, joining
-maps or repeating pixels, may come after it too. Then all of that moves eight bits a value, and a convolution
-gives them itself. Two equal grids on one tensor are one: calibration gives a tensor that two layers read one
-grid twice.
+Rounding is monotonous, so it may come before a maximum as well as after it; then what is pooled has eight
+bits. Two equal grids on one tensor are one: calibration gives a tensor that two layers read one grid twice.
 """
 
 from typing import Any
@@ -18,7 +16,7 @@ from qdetr_cli.export.program import Rounding
 def placed(model: Any, roundings: Roundings) -> Roundings:
     """Move the stand-ins of a model; the roundings of those that are there afterwards, by name."""
     _merge(model, roundings)
-    after = _early(model, roundings)
+    after = {**roundings, **_before_pooling(model, roundings)}
     mark_sums(model, after)
     return after
 
@@ -55,30 +53,22 @@ def _equal(first: Rounding, second: Rounding) -> bool:
     )
 
 
-def _early(model: Any, roundings: Roundings) -> Roundings:
-    """Round before each operation that `_moves` and whose result is rounded alone; the roundings then."""
-    known = dict(roundings)
-    for node in reversed(model.get_ordered_ops()):
-        moved = _moves(node)
-        after = readers(node.output(0)) if moved else []
-        key = name_of(after[0]) if len(after) == 1 and is_stand_in(after[0], known) else ""
-        if key and known[key].axis is None:
-            for side in moved:
-                early = _stand_in(node.input_value(side), f"{key}.early{side}")
-                node.input(side).replace_source_output(early.output(0))
-                known[name_of(early)] = known[key]
-            put(node, after[0].output(0).get_target_inputs())
+def _before_pooling(model: Any, roundings: Roundings) -> Roundings:
+    """Round before each max pool whose result is rounded alone; the roundings of the new stand-ins."""
+    made: Roundings = {}
+    for pool in model.get_ordered_ops():
+        if pool.get_type_name() != "MaxPool":
+            continue
+        after = readers(pool.output(0))
+        key = name_of(after[0]) if len(after) == 1 and is_stand_in(after[0], roundings) else ""
+        if key and roundings[key].axis is None:
+            early = _stand_in(pool.input_value(0), f"{key}.early")
+            pool.input(0).replace_source_output(early.output(0))
+            put(pool, after[0].output(0).get_target_inputs())
             after[0].set_friendly_name(f"{key}.late")
-            node.set_friendly_name(key)
-    return known
-
-
-def _moves(node: Any) -> tuple[int, ...]:
-    """The inputs that an operation takes the values of its result from, as they are."""
-    kind = node.get_type_name()
-    if kind == "MaxPool" or (kind == "Interpolate" and node.get_attributes()["mode"] == "nearest"):
-        return (0,)
-    return tuple(range(node.get_input_size())) if kind == "Concat" else ()
+            pool.set_friendly_name(key)
+            made[name_of(early)] = roundings[key]
+    return made
 
 
 def _stand_in(x: Any, name: str) -> Any:
