@@ -11,6 +11,7 @@ it steps, less those before the model was made.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -29,8 +30,10 @@ from benchmarks.training_peers import nncf_model, torchao_model
 from qdetr_cli.checkpoint import Detector
 from qdetr_cli.compiled import compiled_kernels
 from qdetr_cli.data import Batch
+from qdetr_cli.models import Model
 from qdetr_cli.objective import Objective, clipped
 from qdetr_cli.recipe import Recipe, load_recipe
+from qdetr_cli.student import quick
 
 STEPS, FIRST = 4, 2  # steps that count in one round, after some that do not
 PEERS = {"nncf": nncf_model, "torchao": torchao_model}
@@ -110,7 +113,7 @@ def taken(name: str, arguments: argparse.Namespace) -> Taken:
     torch.manual_seed(0)
     before = _resident("VmRSS")
     detector = random_detector(arguments.model)
-    images = batch(arguments.batch, arguments.side)
+    images = batch(arguments.batch, arguments.side).to("cpu")
     model, loss = _made(name, detector, images, load_recipe(arguments.recipe), arguments.recipe)
     learned = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-6, fused=True)
@@ -137,7 +140,7 @@ def _made(
     model = detector.model if "float" in name else fake_quant(detector, recipe_name, images)
     if "plain" in name:
         return model.train(), _plain
-    teacher = detector.model if "teacher" in name else None
+    teacher = quick(Model(detector=copy.deepcopy(detector)), None) if "teacher" in name else None
     distill = recipe.distill
     objective = Objective(model, detector.family, recipe.train, distill, teacher=teacher, same_origin=True)
     return model.train(), lambda wrapped, given: objective(wrapped, given)[0]

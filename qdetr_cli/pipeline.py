@@ -37,7 +37,7 @@ from qdetr_cli.running import bench_of
 from qdetr_cli.runs import begin_run, check_free, check_new, resumes
 from qdetr_cli.splits import measured_on, open_split
 from qdetr_cli.storage import storage_of
-from qdetr_cli.student import calibrated, saver, teacher_of, training_images, under_recipe
+from qdetr_cli.student import calibrated, quick, saver, teacher_of, training_images, under_recipe
 from qdetr_cli.terms import check_terms
 from qdetr_cli.trace import GraphFacts, trace
 from qdetr_cli.train import Trainer
@@ -142,6 +142,7 @@ def finetune(
     mentor = teacher_of(chosen, model, listener, new_head=model is not opened)
     model.module.to(where)
     model = under_recipe(chosen, model, source, training, where, listener, resume=resume)
+    of_itself = chosen.distill.teacher == "float"
     trainer = Trainer(
         model.module,
         model.family,
@@ -152,8 +153,8 @@ def finetune(
         save=saver(model, chosen),
         evaluate=lambda module: _ap(model, evaluation, where, "evaluate", listener, quiet=True),
         plan=model.plan,
-        teacher=mentor,
-        same_origin=chosen.distill.teacher == "float",
+        teacher=None if mentor is None else quick(mentor, model.facts if of_itself else None),
+        same_origin=of_itself,
         device=str(where),
         watch=listener,
     )

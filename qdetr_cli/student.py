@@ -13,6 +13,7 @@ from qdetr_cli.calibrate import calibrate, passes
 from qdetr_cli.checkpoint import Detector
 from qdetr_cli.data import DetectionData, ImageSet
 from qdetr_cli.errors import RunError
+from qdetr_cli.fold import fold_batch_norms
 from qdetr_cli.metrics import Metrics
 from qdetr_cli.models import (
     Model,
@@ -29,6 +30,7 @@ from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.processes import from_first, make_alike
 from qdetr_cli.recipe import QuantFormat, Recipe
 from qdetr_cli.results import Listener
+from qdetr_cli.trace import GraphFacts, trace
 
 
 def under_recipe(
@@ -79,7 +81,7 @@ def _formats(plan: Plan) -> dict[tuple[str, str], QuantFormat]:
     }
 
 
-def teacher_of(chosen: Recipe, model: Model, listener: Listener, *, new_head: bool) -> nn.Module | None:
+def teacher_of(chosen: Recipe, model: Model, listener: Listener, *, new_head: bool) -> Model | None:
     """The float teacher that the recipe asks for: a copy of the model, or another checkpoint.
 
     A model whose class head is new knows nothing to teach: then there is no teacher, and that is said.
@@ -97,7 +99,7 @@ def teacher_of(chosen: Recipe, model: Model, listener: Listener, *, new_head: bo
         teacher = open_model(source, listener.say)
         must_be_float(teacher, source)
         _check_teacher(model.detector, teacher.detector)
-        return teacher.module
+        return teacher
     if model.plan is not None:
         raise RunError("distill.teacher: float needs a float MODEL; name the float checkpoint with --teacher")
     if new_head:
@@ -106,7 +108,17 @@ def teacher_of(chosen: Recipe, model: Model, listener: Listener, *, new_head: bo
             "data first (--recipe float), then under this recipe"
         )
         return None
-    return copy.deepcopy(model.module)
+    return replace(model, detector=replace(model.detector, model=copy.deepcopy(model.module)))
+
+
+def quick(teacher: Model, facts: GraphFacts | None) -> nn.Module:
+    """The teacher's module, in place: batch norms folded, channels last. It takes a third less time so.
+
+    `facts`: of its graph, where they are known.
+    """
+    facts = facts or trace(teacher.module, teacher.family, trace_size(teacher))
+    fold_batch_norms(teacher.module, facts.batch_norms)
+    return teacher.module.to(memory_format=torch.channels_last)
 
 
 def _check_teacher(student: Detector, teacher: Detector) -> None:

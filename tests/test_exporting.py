@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import SETS, Told, as_json, ok, refused, write_model
 
-from qdetr_cli import delivery, exporting
+from qdetr_cli import comparison, delivery, exporting
 from qdetr_cli.artefact import open_artefact
 from qdetr_cli.errors import ExportError
 from qdetr_cli.export.metadata import Metadata
@@ -320,24 +320,24 @@ def test_a_file_that_computes_something_else_is_not_kept(world, opened, tmp_path
 def test_a_file_of_another_ap_is_not_kept(world, monkeypatch):
     artefact = open_artefact(world.files["onnx"], threads=1)
     model = world.opened
-    real, seen = exporting.measure, []
+    real, seen = comparison.measure, []
 
     def measure(data, found):
         metrics = real(data, found)
         seen.append(metrics)
-        return metrics if len(seen) == 1 else exporting.replace(metrics, ap=metrics.ap + 0.006)
+        return metrics if len(seen) == 1 else comparison.replace(metrics, ap=metrics.ap + 0.006)
 
-    monkeypatch.setattr(exporting, "measure", measure)
+    monkeypatch.setattr(comparison, "measure", measure)
     data = delivery.open_split(delivery.DataSource(world.data), "val", Told())
     with pytest.raises(ExportError, match=r"the file has AP .* more than rounding can explain"):
-        exporting.both_metrics(model, artefact, data, Told())
+        comparison.both_metrics(model, artefact, data, Told())
 
 
 @pytest.mark.parametrize(
     ("size", "count"), [((64, 64), 16), ((640, 640), 16), ((800, 800), 10), ((1333, 1333), 8)], ids=str
 )
 def test_fewer_large_images_are_compared(size, count):
-    found = exporting.sample(Processor(size=(32, 32)), None, size)
+    found = comparison.sample(Processor(size=(32, 32)), None, size)
     assert found.pixel_values.shape == (count, 3, 32, 32)
     assert len({float(each.sum()) for each in found.pixel_values}) == count
 

@@ -49,9 +49,9 @@ class Batch:
     sizes: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with every tensor on `device`."""
+        """The batch with every tensor on `device`, images with channels last, as convolutions are fastest."""
         return Batch(
-            pixel_values=self.pixel_values.to(device, non_blocking=True),
+            pixel_values=self.pixel_values.to(device, non_blocking=True, memory_format=torch.channels_last),
             pixel_mask=self.pixel_mask.to(device, non_blocking=True),
             labels=[{key: value.to(device) for key, value in label.items()} for label in self.labels],
             image_ids=self.image_ids,
