@@ -64,7 +64,7 @@ def _card(name: str, runtime: str, path: Path, model: str, side: int) -> Raced:
     told = path.with_name(path.name + ".json")
     if not told.exists():
         _make(name, path, model, side)
-        parts = [each for each in (path, path.with_suffix(".bin")) if each.exists()]
+        parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
         found = _kernels(runtime)(path)
         card = Raced(
             name=name,

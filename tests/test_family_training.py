@@ -18,9 +18,9 @@ from qdetr_cli.rewrite import rewrite
 from qdetr_cli.schedule import MovingAverage
 
 FLOAT_STEPS, SIDE = 100, 64
-# Some starts of so small a network learn nothing in so few steps; these do, and by more than is asked. RT-DETR
-# learns two scenes with whatever queries its top-k picks, and some starts cannot do with any other: then one
-# code that rounds otherwise trebles the loss, and another processor's order of addition is enough for that.
+# Some starts of so small a network learn nothing in so few steps; these do, and by more than is asked.
+# RT-DETR learns two scenes with what queries its top-k picks, and some starts cannot do with any other: then
+# one code that rounds otherwise trebles the loss, and another processor's order of addition is enough for it.
 SEEDS = {"table-transformer": 2, "dab-detr": 1, "deformable_detr, two-stage": 2, "rf_detr": 2, "rt_detr": 3}
 
 
