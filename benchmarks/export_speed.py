@@ -27,6 +27,7 @@ from qdetr_cli.benchmark.worker import Job
 
 RESULTS = Path(__file__).parent / "results" / "export_speed.json"
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+UNITS = {"amx_int8": "AMX", "avx512_vnni": "AVX512-VNNI"}  # the best first
 PACKAGES = ("onnxruntime", "openvino", "nncf", "torch", "transformers")
 
 
@@ -139,19 +140,25 @@ def _show(found: dict[str, Any], rows: Sequence[Row]) -> None:
 def write_table(results: Path) -> None:
     """Write `<results>.md`: of each kind of race the newest."""
     races = json.loads(results.read_text(encoding="utf-8"))
-    kinds = sorted({(each["runtime"], each["threads"]) for each in races})
     tables = (
-        _table(*kind, {each["model"]: each for each in races if (each["runtime"], each["threads"]) == kind})
-        for kind in kinds
+        _table(*kind, {each["model"]: each for each in races if _kind(each) == kind})
+        for kind in sorted({_kind(each) for each in races})
     )
     results.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
 
 
-def _table(runtime: str, threads: int, races: dict[str, Any]) -> str:
+def _kind(race: dict[str, Any]) -> tuple[str, int, str]:
+    """The runtime, the threads, and what multiplies integers in that processor."""
+    known = race["machine"]["instructions"]
+    units = (text for name, text in UNITS.items() if name in known)
+    return race["runtime"], race["threads"], next(units, "without VNNI")
+
+
+def _table(runtime: str, threads: int, unit: str, races: dict[str, Any]) -> str:
     """Milliseconds, and in parentheses how many times as fast as float."""
     rows = {model: {row["name"]: row for row in race["rows"]} for model, race in races.items()}
     names = list(dict.fromkeys(name for named in rows.values() for name in named))
-    title = f"{RUNTIMES[runtime]}, {threads} thread{'s' if threads > 1 else ''}"
+    title = f"{RUNTIMES[runtime]}, {threads} thread{'s' if threads > 1 else ''}, {unit}"
     lines = [f"| {title} | {' | '.join(rows)} |", "| --- " * (len(rows) + 1) + "|"]
     for name in names:
         cells = [_cell(named[name]) if name in named else "" for named in rows.values()]
