@@ -11,7 +11,6 @@ it steps, less those before the model was made.
 """
 
 import argparse
-import copy
 import json
 import os
 import statistics
@@ -140,7 +139,7 @@ def _made(
     model = detector.model if "float" in name else fake_quant(detector, recipe_name, images)
     if "plain" in name:
         return model.train(), _plain
-    teacher = quick(Model(detector=copy.deepcopy(detector)), None) if "teacher" in name else None
+    teacher = quick(Model(detector=detector), None) if "teacher" in name else None
     distill = recipe.distill
     objective = Objective(model, detector.family, recipe.train, distill, teacher=teacher, same_origin=True)
     return model.train(), lambda wrapped, given: objective(wrapped, given)[0]
