@@ -1,25 +1,30 @@
 """Parity of a file: what it computes passes, and every kind of wrong file fails with the layer named."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from exported_models import SIZE, images, run_plain, toy
+from exported_models import SIZE, WIDTH, Toy, calibrated, images, number_format, run_plain, toy
 from onnx import numpy_helper
+from torch import nn
 
 from qdetr_cli.data import Batch
 from qdetr_cli.errors import ExportError
-from qdetr_cli.export.layers import inside
+from qdetr_cli.export.layers import LayerParity, inside
 from qdetr_cli.export.onnx_graph import marked, with_pairs
 from qdetr_cli.export.openvino_graph import openvino_model
+from qdetr_cli.export.ort.prepare import prepared
 from qdetr_cli.export.parity import Parity, compare
 from qdetr_cli.export.probes import OnnxProbe
 from qdetr_cli.export.program import exported
 from qdetr_cli.export.rounding import BEST, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
+from qdetr_cli.layers import QuantConvTranspose2d
+from qdetr_cli.rewrite import quantizers
 
 MODEL = toy(4)
 
@@ -210,3 +215,48 @@ def test_the_noise_of_whole_biases_is_what_integer_convolutions_do():
             model(given)
     moved = (exact - seen["y"]).mean((0, 2, 3)) / step
     torch.testing.assert_close(moved, torch.full_like(moved, 0.4), rtol=0, atol=0.05)
+
+
+def sparse(bias: float) -> Toy:
+    """A model whose `deep` adds nothing up at 4 bits, and is read at 8: a step of its products is many codes.
+
+    `bias` is in steps of the products.
+    """
+    torch.manual_seed(0)
+    model = Toy(4)
+    model.up = QuantConvTranspose2d.from_float(
+        nn.ConvTranspose2d(6, WIDTH, 2, stride=2, groups=2),
+        weight=number_format("weight", 4),
+        input=number_format("input", 8),
+    )
+    with torch.no_grad():
+        model.deep.weight.zero_()[:, 0, 1, 1] = 1.0
+        model.deep.bias.zero_()
+    for path, each in quantizers(model).items():
+        each.path = path
+    layer = calibrated(model).deep
+    with torch.no_grad():
+        layer.bias += bias * layer.input_quantizer.grid().step * layer.weight_quantizer.grid().step
+    return model
+
+
+def judged(model: Toy, file_of: Toy, tmp_path: Path) -> LayerParity:
+    """What reads the convolution, in the file of another model."""
+    path = tmp_path / "model.onnx"
+    onnx.save(prepared(with_pairs(marked(exported(file_of, SIZE)))), path)
+    first = {name: each[:1] for name, each in images(2).items()}
+    return next(each for each in inside(model, path, first).layers if each.path == "up.input_quantizer")
+
+
+def test_a_layer_may_move_as_many_codes_as_whole_biases_do(tmp_path):
+    between = sparse(1 / 18)  # no whole number of steps, nor of any part that codes times 2 to 9 allow
+    found = judged(between, between, tmp_path)
+    assert found.moved > 0.02
+    assert found.holds
+
+
+def test_a_layer_may_not_move_so_many_where_its_bias_is_whole(tmp_path):
+    found = judged(sparse(0.0), sparse(1 / 9), tmp_path)
+    assert found.moved > 0.02
+    assert found.furthest < 1.5
+    assert not found.holds

@@ -71,7 +71,7 @@ class _Result:
         shape, windows = dims(self.x.codes), windows_of(self.conv)
         if shape is None or windows is None or not windows.trivial:
             return [(last, "")]
-        counts = band_rows(shape[2], shape[3] * shape[1])
+        counts = band_rows(shape[2], shape[3] * max(self.kernel.codes.shape[:2]))
         return numbered(split(self.editor, last, counts, before=self.conv, name=self.conv.name or "conv"))
 
     def convolution(self, codes: ir.Value, suffix: str) -> ir.Value:
