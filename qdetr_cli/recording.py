@@ -18,6 +18,7 @@ Arguments = dict[str, Any]
 Signature = tuple[tuple[str, Any], ...]
 Calls = dict[tuple[Signature, bool], Arguments]  # by signature, and True for a call in training
 
+_MASK = "attention_mask"
 _SIZE = (128, 160)  # pixels: a few tokens at stride 32, none of the counts equal
 
 
@@ -26,7 +27,7 @@ def record_calls(model: nn.Module, paths: Collection[str]) -> dict[str, Calls]:
     """How the model calls each of these modules: in eval mode, with padding, and in training with labels.
 
     The model is left as it was, and so is the random state. Transformers drops a mask of ones (but keeps it
-    while it is traced), so there must be real padding.
+    while it is traced), so there must be real padding, and each call with a mask may also come without.
     """
     calls: dict[str, Calls] = {path: {} for path in paths}
     if paths:
@@ -40,7 +41,7 @@ def record_calls(model: nn.Module, paths: Collection[str]) -> dict[str, Calls]:
             _run_all_ways(model)
         for hook in hooks:
             hook.remove()
-    return calls
+    return {path: _unmasked(model.get_submodule(path), own) | own for path, own in calls.items()}
 
 
 @torch.no_grad()
@@ -139,6 +140,19 @@ def describe(signature: Signature) -> str:
 def _record(calls: Calls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = bind(module.forward, args, kwargs)
     calls.setdefault((signature_of(arguments), module.training), arguments)
+
+
+def _unmasked(module: nn.Module, calls: Calls) -> Calls:
+    """The calls with a mask that may be left out, without it."""
+    mask = inspect.signature(module.forward).parameters.get(_MASK)
+    if mask is None or mask.default is not None:
+        return {}
+    bare = [
+        ({name: value for name, value in arguments.items() if name != _MASK}, training)
+        for (_, training), arguments in calls.items()
+        if _MASK in arguments
+    ]
+    return {(signature_of(arguments), training): arguments for arguments, training in bare}
 
 
 def _run_all_ways(model: nn.Module) -> None:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from quantized_detectors import check_family, rewritten
+from quantized_detectors import check_family, float_model, inputs, rewritten
 
-from qdetr_cli.recording import describe
+from qdetr_cli.recording import Signature, bind, describe, record_calls, signature_of
 from qdetr_cli.rewrite import set_enabled
 
 NAMES = [
@@ -39,6 +39,24 @@ def test_without_denoising_one_signature_is_enough() -> None:
     assert [describe(signature) for signature in attention.captured] == [
         "hidden_states (3-d), position_embeddings (3-d)"
     ]
+
+
+def test_a_call_with_a_mask_may_come_without() -> None:
+    """PP-DocLayout masks queries that it finds uncertain; where none is, transformers drops the mask."""
+    model = float_model("pp_doclayout_v2")
+    path = "reading_order.encoder.layer.0.attention.self"
+    model.config.class_thresholds = [2.0, 2.0, 2.0]  # noise is never that certain
+    calls = record_calls(model, [path])[path]
+    assert {"attention_mask" in arguments for arguments in calls.values()} == {True, False}
+    model.config.class_thresholds = [0.0, 0.0, 0.0]
+    seen: list[Signature] = []
+    module = model.get_submodule(path)
+    module.register_forward_pre_hook(
+        lambda _, args, given: seen.append(signature_of(bind(module.forward, args, given))), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs("pixels"))
+    assert (seen[0], False) in calls
 
 
 def test_heads_do_not_share_steps_where_the_graph_folds_them_into_the_batch() -> None:
