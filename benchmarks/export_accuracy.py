@@ -20,13 +20,14 @@ from pathlib import Path
 import onnx
 import torch
 
+from benchmarks.ablation import TRAIN_IMAGES, VAL_IMAGES
 from benchmarks.ledger import Ledger, commit
 from benchmarks.peers import PEERS, Feed
 from qdetr_cli import pipeline, report
 from qdetr_cli.artefact import open_artefact, padded
 from qdetr_cli.calibrate import chosen
 from qdetr_cli.data import DetectionData, ImageSet, Processor, Sample, collate
-from qdetr_cli.demo import TRAIN_IMAGES, VAL_IMAGES, embedded
+from qdetr_cli.demo import embedded
 from qdetr_cli.evaluate import detect_all
 from qdetr_cli.export.onnx_graph import marked, with_pairs
 from qdetr_cli.export.program import exported
