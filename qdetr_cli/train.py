@@ -1,6 +1,5 @@
 """Fine-tuning, float or under quantization: Hungarian loss, distillation, EMA, checkpoints that resume."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from qdetr_cli.compiled import compiled_kernels
 from qdetr_cli.data import Batch, ImageSet, collate
+from qdetr_cli.divergence import diverged, finite_means
 from qdetr_cli.engine import accelerator, shared_out, training_mode
 from qdetr_cli.errors import DivergedError, RecipeError, RunError
 from qdetr_cli.families import Family
@@ -21,17 +21,12 @@ from qdetr_cli.metrics import Metrics
 from qdetr_cli.objective import Objective, clipped
 from qdetr_cli.oscillation import OscillationFreezer
 from qdetr_cli.plan import Plan
-from qdetr_cli.processes import average_gradients, from_first, largest, make_alike, mean, rank, world
+from qdetr_cli.processes import average_gradients, from_first, largest, make_alike, rank, world
 from qdetr_cli.progress import Position, Progress
 from qdetr_cli.rates import parameter_groups
 from qdetr_cli.recipe import Distill, Train
 from qdetr_cli.runs import Journal, atomic_folder
-from qdetr_cli.schedule import (
-    EpochSampler,
-    MovingAverage,
-    freeze,
-    lr_scale,
-)
+from qdetr_cli.schedule import EpochSampler, MovingAverage, freeze, lr_scale
 from qdetr_cli.signals import Interrupted, leave_stopping_to_parent, stop_signals
 from qdetr_cli.stages import Stages
 
@@ -208,17 +203,14 @@ class Trainer:
 
     def _passes(self, batch: Batch, *, part: float) -> dict[str, float]:
         """Forward, and backward of a part of the loss; the loss and its terms."""
-        with self.accelerator.autocast():
-            loss, terms = self._loss(batch)
-        told = self._told({"loss": loss.detach(), **terms})
+        try:
+            with self.accelerator.autocast():
+                loss, terms = self.objective(self.wrapped, batch)
+            told = finite_means({"loss": loss.detach(), **terms})
+        except DivergedError as error:
+            raise diverged(error, self.model, self.position.step) from error
         self.accelerator.backward(loss * part)
         return told
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        try:
-            return self.objective(self.wrapped, batch)
-        except DivergedError as error:
-            raise self._diverged(str(error)) from error
 
     def _update(self) -> None:
         """Clip, step, hold oscillating weights, and move the average."""
@@ -226,7 +218,7 @@ class Trainer:
         self.accelerator.unscale_gradients()
         learned = [*self.wrapped.parameters(), *self.extras.parameters()]
         if not clipped(learned, self.train.clip) and not self._will_be_left_out():
-            raise self._diverged("the gradient is not finite", gradient=True)
+            raise diverged("the gradient is not finite", self.model, self.position.step, gradient=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
@@ -238,30 +230,6 @@ class Trainer:
     def _will_be_left_out(self) -> bool:
         """Whether fp16's scaler skips this step and tries a smaller scale; there is an end to that."""
         return self.train.precision == "fp16" and self.accelerator.scaler.get_scale() > SMALLEST_SCALE
-
-    def _told(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """The loss and its terms, means over the processes. Raises DivergedError in all, if in one."""
-        values = mean(torch.stack([value.float() for value in terms.values()])).tolist()
-        told: dict[str, float] = dict(zip(terms, values, strict=True))
-        if not math.isfinite(told["loss"]):
-            listed = ", ".join(f"{name}={value:.4g}" for name, value in told.items() if name != "loss")
-            raise self._diverged(f"the loss is not finite ({listed})")
-        return told
-
-    def _diverged(self, what: str, *, gradient: bool = False) -> DivergedError:
-        """The error that names the step, what was not finite, the first bad module and the way out."""
-        return DivergedError(
-            f"step {self.position.step}: {what}; first bad module: {self._broken(gradient=gradient)}. "
-            "`last/` holds the evaluation before; lower train.lr, set train.clip or give the module more bits"
-        )
-
-    def _broken(self, *, gradient: bool) -> str:
-        """The path of the first parameter whose value (or gradient) is not finite."""
-        for name, parameter in self.model.named_parameters():
-            tensor = parameter.grad if gradient else parameter
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                return name
-        return "none (the values overflow between modules)"
 
     def _tell(self, entry: dict[str, float]) -> None:
         step = self.position.step

@@ -51,6 +51,7 @@ LAYERS = (
         "metrics",
         "recording",
         "schedule",
+        "divergence",
         "residuals",
     ),
     ("original", "fake_quant", "losses", "trace"),

@@ -264,17 +264,17 @@ def fail(root: Path, how: str) -> None:
     def broken(self: ImageSet, indices: list[int]) -> Any:
         raise DataError("an image is broken")
 
-    def not_finite(self: Trainer, given: Batch) -> Any:
-        return loss(self, replace(given, pixel_values=given.pixel_values * float("nan")))
+    def not_finite(self: Trainer, given: Batch, *, part: float) -> Any:
+        return passes(self, replace(given, pixel_values=given.pixel_values * float("nan")), part=part)
 
     def full(self: Trainer, state: Any, metrics: Any) -> None:
         raise RunError("the disk is full")
 
-    loss = Trainer._loss
+    passes = Trainer._passes
     if how == "image" and os.environ["RANK"] == "1":
         ImageSet.__getitems__ = broken  # type: ignore[method-assign]
     elif how == "value" and os.environ["RANK"] == "1":
-        Trainer._loss = not_finite  # type: ignore[method-assign]
+        Trainer._passes = not_finite  # type: ignore[method-assign]
     elif how == "disk" and os.environ["RANK"] == "0":
         Trainer._write = full  # type: ignore[method-assign]
     elif how == "launch":
