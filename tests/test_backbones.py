@@ -145,9 +145,13 @@ def test_a_folder_loads_exactly_and_offline(name, tmp_path, monkeypatch):
     detector = rewritten(name)[0]
     detector.model.save_pretrained(tmp_path)
     loaded = load_float(tmp_path)
+    before, after = detector.model.state_dict(), loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
     expected, got = (run(each.model, inputs("pixels"), False) for each in (detector, loaded))
     assert expected.keys() == got.keys()
-    assert all(torch.equal(got[key], expected[key]) for key in got)
+    for key in got:  # some processors add in another order where weights lie at other addresses
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["detr", "rt_detr"])

@@ -1,4 +1,8 @@
-"""Every trainable family learns under quantization: 8 bits keep a float model's loss, 4 bits win it back."""
+"""Every trainable family learns under quantization: 8 bits keep what was learned, 2 bits win it back.
+
+Two scenes learned by heart make a sharp minimum, and another processor's order of addition is another start:
+so what is asked is a share of what was learned, or of what 2 bits lose, which is far more than such noise.
+"""
 
 import copy
 from functools import cache
@@ -19,8 +23,7 @@ from qdetr_cli.schedule import MovingAverage
 
 FLOAT_STEPS, SIDE = 100, 64
 # Some starts of so small a network learn nothing in so few steps; these do, and by more than is asked.
-# RT-DETR learns two scenes with what queries its top-k picks, and some starts cannot do with any other: then
-# one code that rounds otherwise trebles the loss, and another processor's order of addition is enough for it.
+# RT-DETR learns two scenes with what queries its top-k picks, and some starts cannot do with any other.
 SEEDS = {"table-transformer": 2, "dab-detr": 1, "deformable_detr, two-stage": 2, "rf_detr": 2, "rt_detr": 3}
 
 
@@ -83,11 +86,13 @@ def quantized(name: str, recipe: str) -> nn.Module:
     return calibrated(model, {"pixel_values": scenes().pixel_values})
 
 
-def lowest_loss(model: nn.Module, steps: int, every: int) -> float:
+def lowest_loss(model: nn.Module, steps: int, every: int, lr: float) -> float:
     """What fine-tuning under quantization reaches: the best of the averaged weights, seen every few steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
     average, lowest = MovingAverage(model, 0.8), float("inf")
     for done in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, 2 * (steps + 1 - done) / steps)
         step(model, optimizer)
         average.update(model)
         if done % every == 0:
@@ -98,14 +103,16 @@ def lowest_loss(model: nn.Module, steps: int, every: int) -> float:
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=str)
-def test_eight_bits_keep_the_loss(name: str) -> None:
-    before = loss(trained(name))
-    assert lowest_loss(quantized(name, "w8a8"), 4, 2) < 1.15 * before + 0.15
+def test_eight_bits_keep_what_was_learned(name: str) -> None:
+    """Nineteen twentieths of it; 0.97 to 1.01 on three instruction sets."""
+    untrained, before = loss(facts_of(name)[0]), loss(trained(name))
+    reached = lowest_loss(quantized(name, "w8a8"), 4, 2, lr=1e-4)
+    assert untrained - reached > 0.95 * (untrained - before)
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=str)
-def test_four_bits_win_the_loss_back(name: str) -> None:
-    """In 20 steps a quarter of what calibration alone loses, or all but a twentieth of the float loss."""
-    before, model = loss(trained(name)), quantized(name, "w4a4")
+def test_two_bits_win_the_loss_back(name: str) -> None:
+    """In 40 steps a sixth of what calibration alone loses; 0.3 to 1 on four instruction sets."""
+    before, model = loss(trained(name)), quantized(name, "w2a2")
     start = loss(model)
-    assert lowest_loss(model, 20, 5) < max(1.05 * before, start - (start - before) / 4)
+    assert lowest_loss(model, 40, 10, lr=5e-4) < start - (start - before) / 6
