@@ -10,21 +10,29 @@ import pytest
 import torch
 from exported_models import SIZE, WIDTH, Toy, calibrated, images, number_format, run_plain, toy
 from onnx import numpy_helper
+from tiny_detectors import tiny_config
 from torch import nn
 
+from qdetr_cli.calibrate import set_ranges
+from qdetr_cli.checkpoint import load_config_model
 from qdetr_cli.data import Batch
 from qdetr_cli.errors import ExportError
 from qdetr_cli.export.layers import LayerParity, inside
 from qdetr_cli.export.onnx_graph import marked, with_pairs
 from qdetr_cli.export.openvino_graph import openvino_model
+from qdetr_cli.export.ort import bands
 from qdetr_cli.export.ort.prepare import prepared
 from qdetr_cli.export.parity import Parity, compare
 from qdetr_cli.export.probes import OnnxProbe
 from qdetr_cli.export.program import exported
 from qdetr_cli.export.rounding import BEST, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
+from qdetr_cli.families import family_of
 from qdetr_cli.layers import QuantConvTranspose2d
-from qdetr_cli.rewrite import quantizers
+from qdetr_cli.plan import make_plan
+from qdetr_cli.recipe import load_recipe
+from qdetr_cli.rewrite import quantizers, rewrite
+from qdetr_cli.trace import trace
 
 MODEL = toy(4)
 
@@ -217,6 +225,12 @@ def test_the_noise_of_whole_biases_is_what_integer_convolutions_do():
     torch.testing.assert_close(moved, torch.full_like(moved, 0.4), rtol=0, atol=0.05)
 
 
+def shown(count: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, 3, 64, 96, generator=generator)
+    return {"pixel_values": pixels, "pixel_mask": torch.ones(count, 64, 96, dtype=torch.int64)}
+
+
 def sparse(bias: float) -> Toy:
     """A model whose `deep` adds nothing up at 4 bits, and is read at 8: a step of its products is many codes.
 
@@ -260,3 +274,53 @@ def test_a_layer_may_not_move_so_many_where_its_bias_is_whole(tmp_path):
     assert found.moved > 0.02
     assert found.furthest < 1.5
     assert not found.holds
+
+
+def test_codes_that_are_only_there_in_bands_are_judged_too(tmp_path, monkeypatch):
+    """As in large images: shortcut and sum of a residual block are made band by band, and never joined."""
+    monkeypatch.setattr(bands, "_CACHE", 2_000)
+    block = {"layer_type": "bottleneck", "embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 1]}
+    backbone = {**tiny_config("detr")["backbone_config"], **block, "out_features": ["stage2"]}
+    model = load_config_model(tiny_config("detr") | {"backbone_config": backbone}, None).model.eval()
+    facts = trace(model, family_of(model), (64, 96))
+    rewrite(model, make_plan(load_recipe("w8a8"), facts), facts)
+    set_ranges(model, lambda: model(**shown(2)))
+    path = tmp_path / "banded.onnx"
+    onnx.save(prepared(with_pairs(marked(exported(model, (64, 96), batch=1)))), path)
+    banded = {key for key, each in OnnxProbe(path).found.items() if len(each.names) > 1}
+    block_of = "model.backbone.model.encoder.stages.0.layers"
+    assert {f"{block_of}.0.shortcut.output_quantizer", f"{block_of}.0.activation.output_quantizer"} <= banded
+    found = inside(model, path, shown(1)).layers
+    assert all(each.holds for each in found)
+    assert all(each.moved is not None for each in found if each.path in banded)
+
+
+def test_what_follows_a_band_gets_its_true_codes(tmp_path):
+    """A quantizer in two bands, by hand: what reads the second band sees what was set there."""
+    grid = [numpy_helper.from_array(np.float32(0.5), "step"), numpy_helper.from_array(np.uint8(3), "zero")]
+    rows = numpy_helper.from_array(np.array([1, 2]), "rows")
+    nodes = [onnx.helper.make_node("Split", ["x", "rows"], ["x0", "x1"], axis=1)]
+    for part in "01":
+        own = ["step", "zero"]
+        name = f"a.input_quantizer.{part}"
+        nodes += [
+            onnx.helper.make_node(
+                "QuantizeLinear", [f"x{part}", *own], [f"q{part}"], name=f"{name}.quantize"
+            ),
+            onnx.helper.make_node("DequantizeLinear", [f"q{part}", *own], [f"y{part}"], name=f"{name}.back"),
+        ]
+    kind = onnx.TensorProto.FLOAT
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(name, kind, [1, size, 2])] for name, size in (("x", 3), ("y1", 2))
+    )
+    graph = onnx.helper.make_graph(nodes, "banded", inputs, outputs, [*grid, rows])
+    path = tmp_path / "banded.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), path)
+    given = {"x": torch.tensor([[[0.0, 0.5], [1.0, 1.5], [2.0, 2.6]]])}
+    probe = OnnxProbe(path)
+    before = probe.values(given)
+    assert before["a.input_quantizer"].tolist() == [[[0.0, 0.5], [1.0, 1.5], [2.0, 2.5]]]
+    set_ = before["a.input_quantizer"] + np.float32(1)
+    after = probe.values_after(given, {"a.input_quantizer": set_})
+    assert after["a.input_quantizer"].tolist() == before["a.input_quantizer"].tolist()
+    assert after["y1"].tolist() == [[[2.0, 2.5], [3.0, 3.5]]]

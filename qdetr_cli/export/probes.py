@@ -1,12 +1,13 @@
 """Files whose quantizers can be read, and set: what a file computes inside.
 
 In a file a quantizer is found by its path: in ONNX as its codes, which `<path>.quantize` or `<path>.clip`
-gives, or what moves them where it was put before that (`<path>.concat`); in OpenVINO as the operation of that
-name. A pass may have merged one with another, or given its codes another order of dimensions.
+gives, or what moves them where it was put before that (`<path>.concat`), or in parts (`<path>.0.quantize`..)
+where what follows takes band by band; in OpenVINO as the operation of that name. A pass may have merged one
+with another, or given its codes another order of dimensions.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _INTEGER = "quantize|clip|maxpool|reshape|transpose|squeeze|unsqueeze|flatten|concat|identity"
-_OWN = re.compile(rf"(?P<key>.*_quantizer(:\d+)?)(\.\d+)*\.({_INTEGER})")  # a quantizer's nodes by name
+_OWN = re.compile(
+    rf"(?P<key>.*_quantizer(:\d+)?)(?P<part>(\.\d+)*)\.({_INTEGER})"
+)  # a quantizer's nodes by name
+_BANDS = 1  # the dimension that bands divide: rows, with channels last
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
@@ -46,23 +50,25 @@ def probe(path: Path) -> Probe:
 class Codes:
     """Where the codes of a quantizer are in an ONNX graph: (code - zero) * step is the real value."""
 
-    name: str
+    names: tuple[str, ...]  # one, or the parts that lie behind each other in dimension `across`
+    across: int
     step: Array
     zero: Array
     axis: int
 
-    def real(self, codes: Array) -> Array:
+    def real(self, parts: Sequence[Array]) -> Array:
         """The values of codes, float32."""
+        codes = np.concatenate(parts, self.across) if len(parts) > 1 else parts[0]
         step, zero = self._along(codes.ndim)
         real: Array = (codes.astype(np.float32) - zero) * step
         return real
 
-    def codes(self, values: Array) -> Array:
-        """The codes of values that lie on the grid."""
+    def codes(self, values: Array, sizes: Sequence[int]) -> list[Array]:
+        """The codes of values that lie on the grid, in parts of these sizes."""
         step, zero = self._along(values.ndim)
         ends = np.iinfo(self.zero.dtype)
-        codes: Array = np.clip(np.rint(values / step) + zero, ends.min, ends.max).astype(self.zero.dtype)
-        return codes
+        codes = np.clip(np.rint(values / step) + zero, ends.min, ends.max).astype(self.zero.dtype)
+        return np.split(codes, np.cumsum(sizes)[:-1], self.across) if len(sizes) > 1 else [codes]
 
     def _along(self, rank: int) -> tuple[Array, Array]:
         shape = [-1 if place == self.axis else 1 for place in range(rank)] if self.step.ndim else []
@@ -78,6 +84,7 @@ class OnnxProbe:
         self.model = onnx.load(path)
         self.outputs = [each.name for each in self.model.graph.output]
         self.found = dict(_codes(self.model))
+        self.sizes: dict[str, list[int]] = {}  # of the parts of each quantizer's codes
 
     @property
     def images(self) -> int:
@@ -90,7 +97,12 @@ class OnnxProbe:
 
     def values_after(self, given: Mapping[str, Tensor], true: Mapping[str, Array]) -> Arrays:
         """What each quantizer gives where all others gave their true values, and the outputs."""
-        set_ = {each.name: each.codes(true[key]) for key, each in self.found.items() if key in true}
+        if not self.sizes:
+            self._run(given, {})
+        set_: Arrays = {}
+        for key in self.found.keys() & true.keys():
+            each = self.found[key]
+            set_ |= zip(each.names, each.codes(true[key], self.sizes[key]), strict=True)
         return self._run(given, set_)
 
     def _run(self, given: Mapping[str, Tensor], set_: Arrays) -> Arrays:
@@ -103,10 +115,18 @@ class OnnxProbe:
         shapes = {each.name: tuple(each.shape) for each in session.get_inputs()}
         own = {name: shape for name, shape in shapes.items() if name in given}
         feed = feed_of(given, own) | {_set(name): codes for name, codes in set_.items()}
-        names = [*dict.fromkeys((*(each.name for each in self.found.values()), *self.outputs))]
+        names = [*dict.fromkeys((*self._inner(), *self.outputs))]
         results = dict(zip(names, session.run(names, feed), strict=True))
-        inner = {key: each.real(results[each.name]) for key, each in self.found.items()}
+        parts = {key: [results[name] for name in each.names] for key, each in self.found.items()}
+        self.sizes = {
+            key: [_size(part, self.found[key].across) for part in own] for key, own in parts.items()
+        }
+        inner = {key: each.real(parts[key]) for key, each in self.found.items()}
         return inner | {name: results[name] for name in self.outputs}
+
+    def _inner(self) -> list[str]:
+        """The names of all codes."""
+        return [*dict.fromkeys(name for each in self.found.values() for name in each.names)]
 
     def _opened(self, set_: Mapping[str, Array]) -> Any:
         """The model with all codes among its outputs, and inputs in place of those that are set."""
@@ -114,7 +134,7 @@ class OnnxProbe:
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        for name in dict.fromkeys(each.name for each in self.found.values()):
+        for name in self._inner():
             if name not in self.outputs:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
         for name, codes in set_.items():
@@ -127,6 +147,10 @@ class OnnxProbe:
         return model
 
 
+def _size(part: Array, across: int) -> int:
+    return part.shape[across] if part.ndim > across else 1
+
+
 def _set(name: str) -> str:
     return f"{name}.set"
 
@@ -137,7 +161,7 @@ def _codes(model: Any) -> Iterator[tuple[str, Codes]]:
 
     constants = {each.name: each for each in model.graph.initializer}
     rounding: dict[str, Any] = {}  # the QuantizeLinear of each key, or one of them
-    last: dict[str, str] = {}
+    last: dict[str, dict[str, Any]] = {}  # by key, then by part: "" for the whole, else its number
     for node in model.graph.node:
         found = _OWN.fullmatch(node.name)
         if found is None or node.op_type == "DequantizeLinear":
@@ -145,11 +169,32 @@ def _codes(model: Any) -> Iterator[tuple[str, Codes]]:
         if node.op_type == "QuantizeLinear" and all(each in constants for each in node.input[1:3]):
             rounding[found["key"]] = node
         if found["key"] in rounding:
-            last[found["key"]] = node.output[0]
+            last.setdefault(found["key"], {})[found["part"]] = node
     for key, node in rounding.items():
         step, zero = (numpy_helper.to_array(constants[each]) for each in node.input[1:3])
-        axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
-        yield key, Codes(name=last[key], step=step, zero=zero, axis=axis)
+        names, across = _parts(last[key])
+        yield key, Codes(names=names, across=across, step=step, zero=zero, axis=_attribute(node, "axis", 1))
+
+
+def _parts(last: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """The names of a quantizer's codes, and the dimension that divides them.
+
+    They are taken in parts where these are all that there is, or where the whole is nothing but their
+    joining: what takes a part then gets its true codes as well.
+    """
+    whole = last.get("")
+    numbers = sorted(last.keys() - {""}, key=lambda part: [int(each) for each in part.split(".")[1:]])
+    parts = tuple(last[number].output[0] for number in numbers)
+    if whole is None:
+        return parts, _BANDS
+    if parts and whole.op_type == "Concat" and tuple(whole.input) == parts:
+        return parts, _attribute(whole, "axis", _BANDS)
+    return (whole.output[0],), _BANDS
+
+
+def _attribute(node: Any, name: str, default: int) -> int:
+    found: int = next((each.i for each in node.attribute if each.name == name), default)
+    return found
 
 
 class OpenVinoProbe:

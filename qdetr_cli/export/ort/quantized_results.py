@@ -92,7 +92,8 @@ class _Result:
             attributes=geometry,
         )
         made = quantized(editor, y, self._whole(), before=conv, name=f"{self.name}{suffix}")
-        return editor.transposed(made, LAST, before=conv, name=f"{own}.leave")
+        moved = f"{self.name}{suffix}.transpose" if suffix else f"{own}.leave"
+        return editor.transposed(made, LAST, before=conv, name=moved)
 
     def product(self, codes: ir.Value, suffix: str) -> ir.Value:
         """The same of windows of one cell, by a product of matrices."""
@@ -106,8 +107,9 @@ class _Result:
         shape = self._shape(codes)
         last = [shape[each] for each in LAST]
         target = editor.numbers(-1, *last[1:])
+        moved = f"{self.name}{suffix}.reshape" if suffix else f"{own}.image"
         return editor.node(
-            "Reshape", [made, target], before=conv, name=f"{own}.image", shape=last, dtype=self.grid.kind
+            "Reshape", [made, target], before=conv, name=moved, shape=last, dtype=self.grid.kind
         )
 
     @property
