@@ -29,7 +29,7 @@ FLOAT = "float"
 RECIPES = {
     "qdetr w8a8": "w8a8",
     "qdetr w4a4": "w4a4",
-    "qdetr w4a4, residual sums at 8 bits": str(Path(__file__).parent / "w4a4_sums.yaml"),
+    "qdetr w4a4, residual sums at 8 bits": "best_w4a4_sums",
 }
 RIVALS = ("onnxruntime static, MinMax", "nncf", "nncf transformer")
 SUFFIX: dict[str, str] = {runtime: suffix for suffix, runtime in SUFFIXES.items()}

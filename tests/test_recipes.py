@@ -25,7 +25,7 @@ from qdetr_cli.terms import check_terms
 from qdetr_cli.trace import GraphFacts, trace
 
 PAPER = ("qdetr_w2a2", "qdetr_w3a3", "qdetr_w4a4")
-BEST = ("best_w2a2", "best_w3a3", "best_w4a4", "best_w4a4_attn4")
+BEST = ("best_w2a2", "best_w3a3", "best_w4a4", "best_w4a4_attn4", "best_w4a4_sums")
 NAMES = (*BEST, "fig2_11", "float", *PAPER, "w2a2", "w3a3", "w4a4", "w4a4_attn4", "w8a8")
 FRAGMENTS = ("_base", "_best", "_qdetr", "_sums")
 BITS = {  # weights, activations, attention
@@ -33,6 +33,7 @@ BITS = {  # weights, activations, attention
     "best_w3a3": (3, 3, 8),
     "best_w4a4": (4, 4, 8),
     "best_w4a4_attn4": (4, 4, 4),
+    "best_w4a4_sums": (4, 4, 8),
     "fig2_11": (4, 4, 8),
     "qdetr_w2a2": (2, 2, 8),
     "qdetr_w3a3": (3, 3, 8),
