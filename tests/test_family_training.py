@@ -105,9 +105,19 @@ def lowest_loss(model: nn.Module, steps: int, every: int, lr: float) -> float:
 @pytest.mark.parametrize("name", FAMILIES, ids=str)
 def test_eight_bits_keep_what_was_learned(name: str) -> None:
     """Nineteen twentieths of it; 0.97 to 1.01 on three instruction sets."""
+    assert kept(name, lowest_loss(quantized(name, "w8a8"), 4, 2, lr=1e-4)) > 0.95
+
+
+@pytest.mark.parametrize("name", FAMILIES, ids=str)
+def test_four_bits_keep_nearly_as_much(name: str) -> None:
+    """Nine tenths of it, in 20 steps; 0.94 to 1.05 on two instruction sets."""
+    assert kept(name, lowest_loss(quantized(name, "w4a4"), 20, 5, lr=5e-4)) > 0.9
+
+
+def kept(name: str, reached: float) -> float:
+    """The share of what the float training took off the loss."""
     untrained, before = loss(facts_of(name)[0]), loss(trained(name))
-    reached = lowest_loss(quantized(name, "w8a8"), 4, 2, lr=1e-4)
-    assert untrained - reached > 0.95 * (untrained - before)
+    return (untrained - reached) / (untrained - before)
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=str)

@@ -54,7 +54,11 @@ def _deep(conv: ir.Node, kernel: Kernel) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    """A convolution whose result becomes codes of `grid`."""
+    """A convolution whose result becomes codes of `grid`.
+
+    What gives the codes of a band in their last form has the name of the quantizer, with which `probes` finds
+    them where the bands are never joined.
+    """
 
     editor: Editor
     conv: ir.Node
