@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qdetr_cli import compiled
-from qdetr_cli.ranges import STEP_FLOOR, has_free_offset
+from qdetr_cli.ranges import HALF, STEP_FLOOR, is_shifted
 from qdetr_cli.recipe import QuantFormat
 from qdetr_cli.recomputed import remember
 
@@ -41,10 +41,10 @@ class Grid:
     """The numbers (q - zero) * step for whole q in qmin..qmax. step, zero: (channels,) float32; None: 0."""
 
     step: Tensor
-    zero: Tensor | None  # whole numbers, unless the offset is free
+    zero: Tensor | None  # whole numbers, unless the grid is shifted
     qmin: int
     qmax: int
-    free: bool  # the offset is free: it is added before rounding
+    shifted: bool  # by a zero that is added before rounding, since it need not be whole
 
     def integers(self, x: Tensor, axis: int | None) -> Tensor:
         """Return the grid numbers q of x, in a real dtype."""
@@ -52,7 +52,7 @@ class Grid:
         scaled = _real(x) / step
         if zero is None:
             return scaled.round().clamp(self.qmin, self.qmax)
-        moved = (scaled + zero).round() if self.free else scaled.round() + zero
+        moved = (scaled + zero).round() if self.shifted else scaled.round() + zero
         return moved.clamp(self.qmin, self.qmax)
 
     def dequantize(self, q: Tensor, axis: int | None) -> Tensor:
@@ -63,6 +63,11 @@ class Grid:
     def round(self, x: Tensor, axis: int | None) -> Tensor:
         """Return x rounded to the grid, in its dtype."""
         return self.dequantize(self.integers(x, axis), axis).to(x.dtype)
+
+    def whole(self) -> "Grid":
+        """Return a mid-rise grid as one of whole numbers at half the step: (2 q + 1) * step / 2."""
+        low, high = 2 * self.qmin + 1, 2 * self.qmax + 1
+        return Grid(step=self.step / 2, zero=None, qmin=low, qmax=high, shifted=False)
 
     def _along(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor | None]:
         """Return step and zero shaped to broadcast against x."""
@@ -75,11 +80,13 @@ class Grid:
 def make_grid(step: Tensor, offset: Tensor | None, format: QuantFormat) -> Grid:
     """Return the grid of a step and offset, (channels,): the step floored, the offset rounded unless free."""
     step = step.detach().float().clamp_min(STEP_FLOOR)
-    free = has_free_offset(format)
+    shifted = is_shifted(format)
     zero = None if offset is None else offset.detach().float()
-    if zero is not None and not free:
+    if format.mid_rise:
+        zero = torch.full_like(step, HALF)
+    elif zero is not None and not shifted:
         zero = zero.round().clamp(format.qmin, format.qmax)
-    return Grid(step=step, zero=zero, qmin=format.qmin, qmax=format.qmax, free=free)
+    return Grid(step=step, zero=zero, qmin=format.qmin, qmax=format.qmax, shifted=shifted)
 
 
 def fake_quantize(
@@ -90,7 +97,7 @@ def fake_quantize(
     The gradients of step and offset are multiplied by `scale`. Below its floor the step can only grow, and
     beyond the grid the zero point can only come back.
     """
-    function = _Compiled if compiled.takes(x) and not has_free_offset(format) else _FakeQuantize
+    function = _Compiled if compiled.takes(x) and not is_shifted(format) else _FakeQuantize
     x = x.contiguous(memory_format=_layout(x, axis))
     y: Tensor = function.apply(x, step, offset, format, axis, scale)
     if y.requires_grad and y.numel():
@@ -177,7 +184,7 @@ class _FakeQuantize(torch.autograd.Function):
         d_step = _toward(d_step.mul_(ctx.scale), step, low=STEP_FLOOR, high=inf)
         if offset is None:
             return g_in.to(x.dtype), d_step, None, None, None, None
-        ends = (-inf, inf) if blocks.free else (blocks.qmin, blocks.qmax)
+        ends = (-inf, inf) if blocks.shifted else (blocks.qmin, blocks.qmax)
         d_offset = _toward(d_offset.mul_(ctx.scale), offset, low=ends[0], high=ends[1])
         return g_in.to(x.dtype), d_step, d_offset, None, None, None
 
@@ -216,7 +223,7 @@ class _Blocks:
     def __init__(
         self, x: Tensor, step: Tensor, offset: Tensor | None, format: QuantFormat, axis: int | None
     ) -> None:
-        self.qmin, self.qmax, self.free = format.qmin, format.qmax, has_free_offset(format)
+        self.qmin, self.qmax, self.shifted = format.qmin, format.qmax, is_shifted(format)
         self.layout, self.channels = _layout(x, axis), step.numel()
         on_cpu = x.device.type == "cpu"
         values = _BLOCK * torch.get_num_threads() if on_cpu else max(1, x.numel())
@@ -282,7 +289,7 @@ def _count(scaled: Tensor, zero: Any, grid: _Blocks) -> Tensor:
     """Turn x / step into (q - zero), in place."""
     if zero is None:
         return scaled.round_().clamp_(grid.qmin, grid.qmax)
-    if grid.free:
+    if grid.shifted:
         return scaled.add_(zero).round_().clamp_(grid.qmin, grid.qmax).sub_(zero)
     if isinstance(zero, float):
         return scaled.round_().clamp_(grid.qmin - zero, grid.qmax - zero)

@@ -14,7 +14,7 @@ from qdetr_cli.fake_quant import Grid
 def _fake_quantize(
     x: Tensor, step: Tensor, zero: Tensor | None, qmin: int, qmax: int, axis: int | None, path: str
 ) -> Tensor:
-    return Grid(step=step, zero=zero, qmin=qmin, qmax=qmax, free=False).round(x, axis)
+    return Grid(step=step, zero=zero, qmin=qmin, qmax=qmax, shifted=False).round(x, axis)
 
 
 @_fake_quantize.register_fake
@@ -29,6 +29,6 @@ FAKE_QUANTIZE = torch.ops.qdetr.fake_quantize.default
 
 def fake_quantize(x: Tensor, grid: Grid, axis: int | None, path: str) -> Tensor:
     """Return x rounded to a grid with whole zero points, as one operator that bears the quantizer's path."""
-    assert not grid.free, "a free offset has no integer zero point"
+    assert not grid.shifted, "a shifted grid has no integer zero point"
     y: Tensor = FAKE_QUANTIZE(x, grid.step, grid.zero, grid.qmin, grid.qmax, axis, path)
     return y

@@ -7,7 +7,8 @@ a byte first, and zeros up to a whole byte at the end. The metadata `packed` is 
     {"<path>.weight": {"bits": 4, "shape": [256, 64, 1, 1], "axis": 0}, ...}
 
 and the weight is q * step in float32, with the steps "<path>.weight_quantizer.step": one for each index along
-`axis`, or a single one (null). All other tensors are stored as they are.
+`axis`, or a single one (null). Where there is "mid_rise": true it is (q + 1/2) * step. All other tensors are
+stored as they are.
 """
 
 import copy
@@ -37,6 +38,7 @@ from qdetr_cli.manifest import (
 )
 from qdetr_cli.plan import ModulePlan, Plan, SlotPlan
 from qdetr_cli.quantizers import FakeQuantizer
+from qdetr_cli.ranges import HALF
 from qdetr_cli.reading import parse_json
 
 PACKED = "packed"  # the key of the metadata
@@ -52,6 +54,7 @@ class Packing:
     bits: int
     shape: tuple[int, ...]
     axis: int | None
+    mid_rise: bool = False
 
     @property
     def values(self) -> int:
@@ -103,7 +106,7 @@ def write_packed(folder: Path, module: nn.Module, manifest: Manifest) -> None:
         for each in own:
             del tensors[each]
         tensors |= {name: stream, name + _STEP: step, name + "_quantizer.calibrated": kept}
-    packings = {name: asdict(_packing(layer)) for name, layer in layers.items()}
+    packings = {name: _stated(_packing(layer)) for name, layer in layers.items()}
     plan = _fixed(Plan.from_dict(manifest.plan), {name.removesuffix(".weight") for name in layers})
     stored = Stored(
         tensors=tensors,
@@ -142,7 +145,11 @@ def read_packings(path: Path, metadata: Mapping[str, str]) -> dict[str, Packing]
         raise CheckpointError(f"{path}: its metadata {PACKED!r} is damaged ({error})") from error
 
 
-def _read_packing(*, bits: object, shape: object, axis: object) -> Packing:
+def _stated(packing: Packing) -> dict[str, object]:
+    return {key: value for key, value in asdict(packing).items() if value is not False}
+
+
+def _read_packing(*, bits: object, shape: object, axis: object, mid_rise: object = False) -> Packing:
     """Raises ValueError for what no weight has."""
     if type(bits) is not int or not 2 <= bits <= 8:
         raise ValueError(f"bits: {bits!r} is not 2 to 8")
@@ -150,7 +157,9 @@ def _read_packing(*, bits: object, shape: object, axis: object) -> Packing:
         raise ValueError(f"shape: {shape!r} is no list of whole numbers")
     if axis is not None and (type(axis) is not int or not 0 <= axis < len(shape)):
         raise ValueError(f"axis: {axis!r} is no dimension of {shape}")
-    return Packing(bits=bits, shape=tuple(shape), axis=axis)
+    if type(mid_rise) is not bool:
+        raise ValueError(f"mid_rise: {mid_rise!r} is not true or false")
+    return Packing(bits=bits, shape=tuple(shape), axis=axis, mid_rise=mid_rise)
 
 
 def _packable(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Quantized]:
@@ -169,7 +178,12 @@ def _packable(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Quanti
 
 def _packing(layer: Quantized) -> Packing:
     quantizer = _quantizer(layer)
-    return Packing(bits=quantizer.format.bits, shape=tuple(layer.weight.shape), axis=quantizer.axis)
+    return Packing(
+        bits=quantizer.format.bits,
+        shape=tuple(layer.weight.shape),
+        axis=quantizer.axis,
+        mid_rise=quantizer.format.mid_rise,
+    )
 
 
 @torch.no_grad()
@@ -179,7 +193,8 @@ def _packed(name: str, layer: Quantized) -> tuple[Tensor, Tensor]:
     grid = quantizer.grid_for(weight)
     integers = grid.integers(weight, quantizer.axis)
     values = grid.dequantize(integers, quantizer.axis)
-    if not torch.equal(values, quantizer.fake_quantize(weight)) or grid.zero is not None:
+    offset = grid.zero is not None and not quantizer.format.mid_rise
+    if offset or not torch.equal(values, quantizer.fake_quantize(weight)):
         raise CheckpointError(
             f"{name}: the quantizer {quantizer.format.quantizer} does not round it to the grid that it "
             "states, so integers cannot stand for it"
@@ -205,14 +220,17 @@ def _misfit(
 
 
 def _described(packing: Packing) -> str:
-    return f"{packing.bits} bits {packing.shape} with steps along {packing.axis}"
+    kind = "mid-rise bits" if packing.mid_rise else "bits"
+    return f"{packing.bits} {kind} {packing.shape} with steps along {packing.axis}"
 
 
 def _unpacked(name: str, packing: Packing, tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight of a packed one: what its grid makes of the integers, float32."""
     half = 1 << (packing.bits - 1)
     codes = torch.from_numpy(unpack(tensors[name].numpy(), packing.bits, packing.values))
-    grid = Grid(step=tensors[name + _STEP], zero=None, qmin=-half, qmax=half - 1, free=False)
+    step, shifted = tensors[name + _STEP], packing.mid_rise
+    zero = torch.full_like(step, HALF) if shifted else None
+    grid = Grid(step=step, zero=zero, qmin=-half, qmax=half - 1, shifted=shifted)
     return grid.dequantize(codes.reshape(packing.shape).float().sub_(half), packing.axis)
 
 

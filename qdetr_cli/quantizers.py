@@ -7,7 +7,10 @@
 
 So 0 lies on the grid, and an integer runtime can compute it. `offset` is in steps: LSQ+ writes
 beta = -step * offset. The option `free_offset` takes it unrounded, so that integers(x) is
-clip(round(x / step + offset)): not deployable.
+clip(round(x / step + offset)): not deployable. A mid-rise grid (`mid_rise`, for weights) is the same with a
+constant offset of -1/2, and its numbers are odd multiples of step / 2: with two bits -3, -1, 1 and 3, where
+the plain grid has -2, -1, 0 and 1 steps, one more below 0 than above (ParetoQ, Liu et al. 2025,
+arXiv:2502.02631: "stretched elastic quant").
 """
 
 from inspect import signature
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from qdetr_cli import operators, plugins
 from qdetr_cli.errors import PluginError, RecipeError, RunError
 from qdetr_cli.fake_quant import Grid, fake_quantize, make_grid
-from qdetr_cli.ranges import STEP_FLOOR, grid_from_range, has_free_offset
+from qdetr_cli.ranges import STEP_FLOOR, grid_from_range, is_shifted
 from qdetr_cli.recipe import QuantFormat
 from qdetr_cli.samples import RangeSample
 
@@ -44,6 +47,7 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self._check_options(format)
         self._check_init(format)
+        _check_mid_rise(format)
         assert channels == 1 if axis is None else channels >= 1
         self.format = format
         self.axis = axis
@@ -98,7 +102,9 @@ class FakeQuantizer(nn.Module):
     def _exported(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid: one operator of the exported graph, but for a free offset."""
         grid = self.grid_for(x)
-        if grid.free:
+        if self.format.mid_rise:
+            x, grid = grid.round(x, self.axis), grid.whole()
+        if grid.shifted:
             return grid.round(x, self.axis)
         return operators.fake_quantize(x, grid, self.axis, self.path)
 
@@ -118,13 +124,17 @@ class FakeQuantizer(nn.Module):
         """Return the grid that x is exported with: the one in use, unless a subclass derives it from x."""
         return self.grid()
 
+    def whole_grid(self, x: Tensor) -> Grid:
+        """Return the grid of whole numbers that stands for x in an integer model."""
+        grid = self.grid_for(x)
+        return grid.whole() if self.format.mid_rise else grid
+
     @torch.no_grad()
     def zero_point(self) -> Tensor:
-        """Return the integer that stands for 0, int32 (channels,). RunError for a free offset."""
-        if has_free_offset(self.format):
-            raise RunError(
-                f"{self._name()} has a free offset and no integer zero point: it cannot be deployed"
-            )
+        """Return the integer that stands for 0, int32 (channels,). RunError for a shifted grid: none does."""
+        if is_shifted(self.format):
+            what = "a mid-rise grid" if self.format.mid_rise else "a free offset, so it cannot be deployed"
+            raise RunError(f"{self._name()} has no integer that stands for 0: it has {what}")
         zero = self.grid().zero
         return (torch.zeros_like(self.step) if zero is None else zero).to(torch.int32)
 
@@ -241,6 +251,10 @@ class Statistics(LSQ):
         super()._check_options(format)
         if not format.symmetric or format.unsigned:
             raise RecipeError("quantizer statistics: is for weights; use lsq for activations")
+        if format.mid_rise:
+            raise RecipeError(
+                "quantizer statistics: knows no step of a mid-rise grid; use lsq, or drop mid_rise"
+            )
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid, same shape and dtype."""
@@ -279,6 +293,14 @@ class Fixed(LSQ):
     def __init__(self, format: QuantFormat, *, axis: int | None, channels: int, batched: bool = True) -> None:
         super().__init__(format, axis=axis, channels=channels, batched=batched)
         self.requires_grad_(False)
+
+
+def _check_mid_rise(format: QuantFormat) -> None:
+    if format.mid_rise and format.bits == 8:
+        raise RecipeError(
+            "mid_rise: its integers are odd and reach 2^bits - 1, at 8 bits more than an int8 holds; "
+            "give 7 bits or fewer, or mid_rise: false"
+        )
 
 
 def make_quantizer(

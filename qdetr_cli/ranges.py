@@ -24,9 +24,17 @@ _FINE = (1.12, 1.06, 1.03, 1.015, 1.007)  # factors of the refinement, one round
 _BLOCK = 1 << 16  # values that one pass holds; small enough for the cache of one core
 
 
+HALF = -0.5  # the zero point of a mid-rise grid, whose levels are (q + 1/2) * step
+
+
 def has_free_offset(format: QuantFormat) -> bool:
     """Return whether the offset may be any real number (option `free_offset`): 0 may lie off the grid."""
     return not format.symmetric and bool(format.quantizer_options.get("free_offset", False))
+
+
+def is_shifted(format: QuantFormat) -> bool:
+    """Return whether the zero point is added before rounding, because it need not be whole."""
+    return format.mid_rise or has_free_offset(format)
 
 
 @plugins.register("range", "minmax")
@@ -80,13 +88,16 @@ def _search(values: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
 def grid_from_range(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """Return (step, zero point), shaped as `low`, of the grid that spans [low, high].
 
-    Symmetric: the zero point is 0. Asymmetric: it is a whole number in qmin..qmax and 0 lies on the grid,
-    unless the format has a free offset: then it is any real number. The step is at least STEP_FLOOR.
+    Symmetric: the zero point is 0, or HALF where the format is mid-rise. Asymmetric: it is a whole number in
+    qmin..qmax and 0 lies on the grid, unless the format has a free offset: then it is any real number. The
+    step is at least STEP_FLOOR.
     """
     if format.symmetric:
-        below = low / format.qmin if format.qmin else torch.zeros_like(low)
-        step = torch.maximum(high / format.qmax, below).clamp_min(STEP_FLOOR)
-        return step, torch.zeros_like(step)
+        zero = HALF if format.mid_rise else 0.0
+        least = format.qmin - zero
+        below = low / least if least else torch.zeros_like(low)
+        step = torch.maximum(high / (format.qmax - zero), below).clamp_min(STEP_FLOOR)
+        return step, torch.full_like(step, zero)
     free = has_free_offset(format)
     if not free:
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -109,8 +120,9 @@ def _at(ordered: Tensor, place: float) -> Tensor:
 
 def _symmetric_ends(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """Return the ends of the widest grid worth trying: its highest integer is the largest magnitude."""
-    step = torch.maximum(high, -low if format.qmin else high) / format.qmax
-    return step * format.qmin, step * format.qmax
+    zero = HALF if format.mid_rise else 0.0
+    step = torch.maximum(high, -low if format.qmin else high) / (format.qmax - zero)
+    return step * (format.qmin - zero), step * (format.qmax - zero)
 
 
 def _candidates(low: Tensor, high: Tensor, factors: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
@@ -151,9 +163,10 @@ def _polish(values: Tensor, low: Tensor, high: Tensor, format: QuantFormat) -> t
     if has_free_offset(format):
         return low, high
     step, zero = grid_from_range(low, high, format)
-    below, above = (format.qmin - zero)[:, None], (format.qmax - zero)[:, None]
+    below, above, middle = ((end - zero)[:, None] for end in (format.qmin, format.qmax, 0))
     for _ in range(2):
-        counts = torch.minimum(torch.maximum((values / step[:, None]).round_(), below), above)
+        rounded = (values / step[:, None]).sub_(middle).round_().add_(middle)
+        counts = torch.minimum(torch.maximum(rounded, below), above)
         better = (values * counts).sum(1) / counts.square().sum(1).clamp_min(1)
         pair = torch.stack((step, torch.where(better > STEP_FLOOR, better, step)), 1)
         choice = _errors(values, pair, zero[:, None].expand_as(pair), format).argmin(1, keepdim=True)

@@ -26,10 +26,12 @@ def number_format(slot: Slot, bits: int, **stated: Any) -> QuantFormat:
 class Toy(nn.Module):
     """Convolutions, attention with steps per head, and two heads: (B, L, 3) and (B, L, 4)."""
 
-    def __init__(self, bits: int = 4, quantizer: str = "lsq", options: dict | None = None) -> None:
+    def __init__(
+        self, bits: int = 4, quantizer: str = "lsq", options: dict | None = None, mid_rise: bool = False
+    ) -> None:
         super().__init__()
         kind = {"quantizer": {"name": quantizer, "options": options or {}}}
-        weight = number_format("weight", bits, **kind)
+        weight = number_format("weight", bits, mid_rise=mid_rise, **kind)
         activation = number_format("input", bits)
         self.stem = QuantConv2d.from_float(
             nn.Conv2d(3, 6, 3, stride=2, padding=1), weight=weight, input=number_format("input", 8)

@@ -19,16 +19,17 @@ from qdetr_cli.fake_quant import Grid
 from qdetr_cli.quantizers import LSQ
 from qdetr_cli.rewrite import quantizers, set_enabled
 
-ENABLED_BITS = [2, 4, 8]
+ENABLED_BITS = [(2, False), (2, True), (4, False), (7, True), (8, False)]  # and whether weights are mid-rise
 
 
 def plain(model: Toy, batch: int | None = 1) -> onnx.ModelProto:
     return with_pairs(marked(exported(model, SIZE, batch=batch)))
 
 
-@pytest.fixture(scope="module", params=ENABLED_BITS, ids=lambda bits: f"{bits} bits")
+@pytest.fixture(scope="module", params=ENABLED_BITS, ids=lambda p: f"{p[0]} bits{', mid-rise' * p[1]}")
 def case(request) -> tuple[Toy, onnx.ModelProto]:
-    model = toy(request.param)
+    bits, mid_rise = request.param
+    model = toy(bits, mid_rise=mid_rise)
     return model, plain(model, None)
 
 
@@ -63,7 +64,8 @@ def test_weights_are_stored_as_the_codes_of_their_quantizer_and_nothing_else(cas
         weight = model.get_submodule(path).weight
         codes = stored[f"{path}.weight_quantizer.codes"]
         assert codes.dtype == np.int8
-        assert np.array_equal(codes, quantizer.integers(weight).numpy())
+        integers = quantizer.integers(weight).numpy()
+        assert np.array_equal(codes, 2 * integers + 1 if quantizer.format.mid_rise else integers)
     widest = max(each.weight.numel() for each in (model.deep, model.tokens))
     assert not any(array.dtype == np.float32 and array.size >= widest for array in stored.values())
 
@@ -122,7 +124,7 @@ class PowersOfTwo(LSQ):
 
 class LastSeen(LSQ):
     def grid_for(self, x: Tensor) -> Grid:
-        return Grid(step=x.abs().amax().reshape(1) / 7, zero=None, qmin=-8, qmax=7, free=False)
+        return Grid(step=x.abs().amax().reshape(1) / 7, zero=None, qmin=-8, qmax=7, shifted=False)
 
 
 def test_a_users_quantizer_is_exported_with_the_grid_it_gives():

@@ -16,9 +16,11 @@ from qdetr_cli.rewrite import set_enabled
 PRODUCTS = 8  # six layers, and two products of attention
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8], ids=lambda bits: f"{bits} bits")
-def test_it_gives_every_quantizer_the_codes_of_the_fake_quant_model(bits):
-    model, given = toy(bits), images(1)
+@pytest.mark.parametrize(
+    ("bits", "mid_rise"), [(2, False), (2, True), (4, False), (8, False)], ids=lambda value: str(value)
+)
+def test_it_gives_every_quantizer_the_codes_of_the_fake_quant_model(bits, mid_rise):
+    model, given = toy(bits, mid_rise=mid_rise), images(1)
     found = settled(exported(model, SIZE), given)
     wanted, _ = model_values(model, given)
     for path, value in wanted.items():

@@ -41,9 +41,13 @@ def outputs(file, pixels: Tensor) -> dict[str, np.ndarray]:
     return {name: results[name] for name in ("logits", "pred_boxes")}
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_every_width_has_the_values_of_its_grid_on_integer_kernels(bits, tmp_path):
-    model = toy(bits)
+@pytest.mark.parametrize(
+    ("bits", "mid_rise"),
+    [*((bits, False) for bits in (2, 3, 4, 5, 6, 7, 8)), (2, True), (3, True), (7, True)],
+    ids=str,
+)
+def test_every_width_has_the_values_of_its_grid_on_integer_kernels(bits, mid_rise, tmp_path):
+    model = toy(bits, mid_rise=mid_rise)
     made, file = compiled(model)
     with torch.no_grad():
         wanted = model(images(1))

@@ -70,7 +70,7 @@ def test_numbers_of_a_grid_are_its_fixed_points(bits):
     generator = torch.Generator().manual_seed(bits)
     steps = torch.cat([torch.rand(4000, generator=generator), 2.0 ** torch.linspace(-27, 60, 4000)])
     half = 1 << (bits - 1)
-    grid = Grid(step=steps, zero=None, qmin=-half, qmax=half - 1, free=False)
+    grid = Grid(step=steps, zero=None, qmin=-half, qmax=half - 1, shifted=False)
     integers = torch.arange(-half, half, dtype=torch.float32).expand(8000, -1)
     values = grid.dequantize(integers, 0)
     assert torch.equal(grid.integers(values, 0), integers)
@@ -316,12 +316,15 @@ def told_of(folder: Path) -> dict:
         (lambda p: p[WEIGHT].update(shape=[-1, -1]), "is no list of whole numbers"),
         (lambda p: p[WEIGHT].update(axis=5), "axis: 5 is no dimension"),
         (lambda p: p[WEIGHT].update(axis=1), "with steps along 1 for"),
+        (lambda p: p[WEIGHT].update(mid_rise=1), "mid_rise: 1 is not true or false"),
+        (lambda p: p[WEIGHT].update(mid_rise=True), "is 3 mid-rise bits .* for 3 bits"),
         (lambda p: p[WEIGHT].update(extra=1), "is damaged"),
         (lambda p: p.update({"strange.weight": p[WEIGHT]}), "strange.weight is packed, but is no quant"),
         (lambda p: p.pop(WEIGHT), "of another shape or type: " + WEIGHT),
         (lambda p: p.clear(), "of another shape or type"),
     ],
-    ids=["bits", "bool", "width", "shape", "negative", "axis", "channels", "key", "strange", "lost", "none"],
+    ids=["bits", "bool", "width", "shape", "negative", "axis", "channels", "kind", "grid", "key", "strange",
+         "lost", "none"],
 )  # fmt: skip
 def test_metadata_that_lies_is_refused(folder, tmp_path, change, message):
     packed = told_of(folder)

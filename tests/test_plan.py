@@ -240,6 +240,11 @@ def test_a_rule_without_effect_is_said() -> None:
             "rules.0.weight.quantizer: ",
             id="quantizer option",
         ),
+        pytest.param(
+            {"op": "conv", "weight": {"bits": 8, "mid_rise": True}},
+            "give 7 bits or fewer, or mid_rise: false",
+            id="mid-rise at 8 bits",
+        ),
     ],
 )
 def test_what_cannot_take_effect_is_refused(rule: dict, message: str) -> None:

@@ -17,6 +17,7 @@ SIGNED = QuantFormat(bits=4, symmetric=True, unsigned=False, per="tensor", quant
 OFFSET = replace(SIGNED, symmetric=False)
 FREE = replace(OFFSET, quantizer_options={"free_offset": True})
 UNSIGNED = replace(SIGNED, unsigned=True)
+MID_RISE = replace(SIGNED, bits=2, mid_rise=True)
 
 CASES = [
     pytest.param(SIGNED, (4, 6, 8), None, id="signed-tensor"),
@@ -28,6 +29,9 @@ CASES = [
     pytest.param(UNSIGNED, (2, 6, 5, 7), 1, id="unsigned-heads"),
     pytest.param(FREE, (4, 6, 8), None, id="free-tensor"),
     pytest.param(FREE, (2, 6, 5, 7), 1, id="free-heads"),
+    pytest.param(MID_RISE, (4, 6, 8), None, id="mid-rise-tensor"),
+    pytest.param(MID_RISE, (6, 40), 0, id="mid-rise-rows"),
+    pytest.param(replace(MID_RISE, bits=3), (6, 3, 3, 5), 0, id="mid-rise-kernels"),
     pytest.param(replace(OFFSET, bits=2), (4, 6, 8), None, id="2-bits"),
     pytest.param(replace(OFFSET, bits=8), (4, 6, 8), None, id="8-bits"),
 ]
@@ -71,7 +75,10 @@ def reference(
         shape[axis] = -1
     s = step.view(shape)
     zero = torch.zeros_like(s) if offset is None else offset.view(shape)
-    zero = zero if format.quantizer_options.get("free_offset") else ste_round(zero)
+    if format.mid_rise:
+        zero = torch.full_like(s, -0.5)
+    elif not format.quantizer_options.get("free_offset"):
+        zero = ste_round(zero)
     return (ste_round((x / s + zero).clamp(format.qmin, format.qmax)) - zero) * s
 
 
@@ -164,8 +171,30 @@ def test_forward_is_dequantize_of_integers_to_the_last_bit(format, shape, axis):
     assert q.max() <= format.qmax
     assert torch.equal(quantizer(x), quantizer.dequantize(q))
     if not format.quantizer_options:
-        assert torch.equal(quantizer(torch.zeros(shape)), torch.zeros(shape))
         assert torch.equal(quantizer(quantizer(x)), quantizer(x))
+        assert format.mid_rise or torch.equal(quantizer(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 7])
+def test_a_mid_rise_grid_has_odd_multiples_of_half_a_step_on_both_sides(bits):
+    format = replace(MID_RISE, bits=bits)
+    quantizer = made(format, (1, 1), 0)
+    nn.init.constant_(quantizer.step, 0.5)
+    x = torch.linspace(-40, 40, 4001)[None]
+    assert (quantizer(x).unique() / 0.25).tolist() == list(range(1 - 2**bits, 2**bits, 2))
+    whole = quantizer.whole_grid(x)
+    assert (whole.qmin, whole.qmax) == (1 - 2**bits, 2**bits - 1)
+    assert whole.zero is None
+    assert torch.equal(whole.round(quantizer(x), 0), quantizer(x))
+    with pytest.raises(RunError, match="no integer that stands for 0: it has a mid-rise grid"):
+        quantizer.zero_point()
+
+
+def test_a_mid_rise_grid_at_eight_bits_is_refused():
+    with pytest.raises(RecipeError, match=r"mid_rise: its integers are odd .* give 7 bits or fewer"):
+        make_quantizer(replace(MID_RISE, bits=8), axis=None, channels=1)
+    with pytest.raises(RecipeError, match="statistics: knows no step of a mid-rise grid"):
+        make_quantizer(replace(MID_RISE, quantizer="statistics"), axis=None, channels=1)
 
 
 def test_zero_point_is_a_whole_number_on_the_grid():

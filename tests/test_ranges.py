@@ -78,11 +78,18 @@ def test_mse_on_an_unsigned_grid(bits):
 
 @pytest.mark.parametrize(("bits", "step"), [(2, 0.9957), (3, 0.5860), (4, 0.3352)], ids=str)
 def test_mse_finds_the_known_optimum_of_a_gaussian(bits, step):
-    """Max (1960), table II: the best uniform quantizers of a unit Gaussian; a free offset reaches them."""
+    """Max (1960), table II: the best uniform quantizers of a unit Gaussian.
+
+    A free offset reaches them, as does mid-rise.
+    """
     format = replace(OFFSET, bits=bits, quantizer_options={"free_offset": True})
     values = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(20000)[None] + 0.5) / 20000)
     found, _ = grid_from_range(*mse(_with_extremes(values), format), format)
     assert found.item() == pytest.approx(step, rel=0.03)
+    format = replace(SIGNED, bits=bits, mid_rise=True)
+    found, zero = grid_from_range(*mse(_with_extremes(values), format), format)
+    assert found.item() == pytest.approx(step, rel=0.005)
+    assert zero.item() == -0.5
 
 
 def test_mse_treats_channels_alone():

@@ -194,6 +194,16 @@ def test_dict_and_back_sees_a_change(tmp_path: Path) -> None:
             id="unsigned weight",
         ),
         pytest.param(
+            "schema: 1\nrules: [{op: linear, input: {bits: 4, mid_rise: true}}]\n",
+            "rules.0.input: mid_rise: only weights can do without a 0; drop the key",
+            id="mid-rise input",
+        ),
+        pytest.param(
+            "schema: 1\ndistill: {teacher: float, terms: {logits: 1.0}, fade: 0.0}\n",
+            "distill.fade: ",
+            id="fade",
+        ),
+        pytest.param(
             "schema: 1\nrules: [{op: linear, weight: {}}]\n", "rules.0.weight: sets nothing", id="no format"
         ),
         pytest.param(

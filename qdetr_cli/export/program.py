@@ -16,6 +16,7 @@ from qdetr_cli.export.constants import Constants
 from qdetr_cli.fake_quant import Grid
 from qdetr_cli.operators import FAKE_QUANTIZE
 from qdetr_cli.quantizers import FakeQuantizer
+from qdetr_cli.ranges import has_free_offset
 from qdetr_cli.recording import undisturbed
 from qdetr_cli.rewrite import quantizers
 
@@ -98,7 +99,7 @@ def exported(
 
 
 def _check_deployable(model: nn.Module) -> None:
-    free = [path for path, each in quantizers(model).items() if each.enabled and each.grid().free]
+    free = [path for path, each in quantizers(model).items() if each.enabled and has_free_offset(each.format)]
     if free:
         raise ExportError(
             f"{', '.join(free[:6])}: the option free_offset has no integer zero point, so this model stays a "
@@ -211,7 +212,7 @@ def _roundings(program: ExportedProgram) -> Iterator[tuple[str, Rounding]]:
                 f"quantizer {path}: its step depends on the image, which no integer kernel can use; "
                 "grid_for must not depend on what it is given, but for a weight"
             )
-        grid = Grid(step=constants(step), zero=constants(zero), qmin=qmin, qmax=qmax, free=False)
+        grid = Grid(step=constants(step), zero=constants(zero), qmin=qmin, qmax=qmax, shifted=False)
         yield key, Rounding(grid=grid, axis=axis, constant=constants(x) if constants.has(x) else None)
 
 

@@ -117,7 +117,7 @@ class _Machine(fx.Interpreter):
     def _rounded(self, node: fx.Node) -> Tensor:
         arguments, _ = self.fetch_args_kwargs_from_env(node)
         x, step, zero, qmin, qmax, axis, key = arguments
-        grid = Grid(step=step, zero=zero, qmin=qmin, qmax=qmax, free=False)
+        grid = Grid(step=step, zero=zero, qmin=qmin, qmax=qmax, shifted=False)
         q = grid.integers(x, axis)
         shape = [1] * x.dim()
         if axis is not None:

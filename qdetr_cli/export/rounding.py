@@ -83,7 +83,7 @@ def _with_whole_bias(layer: QuantConv2d, _: Any, y: Tensor) -> Tensor:
     assert layer.bias is not None
     assert layer.input_quantizer is not None
     assert layer.weight_quantizer is not None
-    step = layer.input_quantizer.grid().step * layer.weight_quantizer.grid_for(layer.weight).step
+    step = layer.input_quantizer.grid().step * layer.weight_quantizer.whole_grid(layer.weight).step
     return y + ((layer.bias / step).round() * step - layer.bias)[:, None, None]
 
 

@@ -128,7 +128,8 @@ def _check_bits(value: Any) -> Any:
 class Format(Partial):
     """A number format, perhaps in part: what is left out falls to earlier rules, then to the slot.
 
-    `align` puts Q-DETR's distribution alignment before the quantizer; only q and k have it.
+    `align` puts Q-DETR's distribution alignment before the quantizer; only q and k have it. `mid_rise` puts
+    the levels at odd multiples of half a step, with none at 0; only weights have it.
     """
 
     bits: Annotated[int | Literal["float"] | None, BeforeValidator(_check_bits)] = None
@@ -138,6 +139,7 @@ class Format(Partial):
     quantizer: Named | None = None
     init: Named | None = None
     align: bool | None = Field(default=None, strict=True)
+    mid_rise: bool | None = Field(default=None, strict=True)
 
     @model_validator(mode="after")
     def _agrees(self) -> Format:
@@ -155,7 +157,8 @@ class QuantFormat:
     """A complete number format: what a quantizer is made from.
 
     `per` is "tensor", "channel" or "head"; `unsigned` puts the grid at 0..2^b-1, else -2^(b-1)..2^(b-1)-1;
-    `symmetric` means that there is no offset.
+    `symmetric` means that there is no offset. `mid_rise` moves the grid by half a step: its levels are
+    (q + 1/2) * step, as many above 0 as below.
     """
 
     bits: int
@@ -167,6 +170,7 @@ class QuantFormat:
     init: str
     init_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     align: bool = False  # distribution alignment (Q-DETR's DA) goes before the quantizer
+    mid_rise: bool = False
 
     @property
     def qmin(self) -> int:
@@ -225,4 +229,5 @@ def resolve_format(slot: Slot, stated: Format) -> QuantFormat:
         init=full.init.name,
         init_options=dict(full.init.options),
         align=bool(full.align),
+        mid_rise=bool(full.mid_rise),
     )

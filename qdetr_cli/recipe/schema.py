@@ -55,7 +55,12 @@ def _check_roles(roles: tuple[str, ...]) -> tuple[str, ...]:
     return roles
 
 
-SLOT_FAULTS = ("per", "weight", "align")  # what `_fits` raises: a format that is fine, in the wrong slot
+SLOT_FAULTS = (
+    "per",
+    "weight",
+    "align",
+    "mid_rise",
+)  # what `_fits` raises: a format that is fine, in the wrong slot
 
 
 def _fits(slot: Slot) -> Callable[[Format], Format]:
@@ -69,6 +74,8 @@ def _fits(slot: Slot) -> Callable[[Format], Format]:
             raise PydanticCustomError("weight", "weights are signed and symmetric; drop the key")
         if stated.align and slot not in ("q", "k"):
             raise PydanticCustomError("align", "align: only q and k are aligned; drop the key")
+        if stated.mid_rise and slot != "weight":
+            raise PydanticCustomError("mid_rise", "mid_rise: only weights can do without a 0; drop the key")
         return stated
 
     return check
@@ -247,10 +254,16 @@ class Train(Section):
 
 
 class Distill(Section):
-    """What the student learns from a teacher: `float` is the unquantized start, else a MODEL."""
+    """What the student learns from a teacher: `float` is the unquantized start, else a MODEL.
+
+    `fade`: the weights of the terms fall linearly to nothing over this part of the training, so that a
+    teacher that has been outgrown does not hold the student back (stopped early in Cho and Hariharan, 2019,
+    arXiv:1910.01348); null: they stay as they are.
+    """
 
     teacher: str | None = None
     terms: Terms = Field(default_factory=dict)
+    fade: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _teaches(self) -> Distill:
