@@ -33,6 +33,7 @@ class Objective:
     ) -> None:
         self.model, self.family, self.train, self.distill = model, family, train, distill
         self.extras = nn.ModuleDict()
+        self.strength = 1.0  # of the teacher's terms
         self.teacher: Teacher | None = None
         if teacher is not None and distill.terms:
             self.teacher = Teacher(teacher, model, family, same_origin=same_origin)
@@ -41,6 +42,11 @@ class Objective:
         self.queries: AuxiliaryQueries | None = None
         if train.one_to_many is not None:
             self.queries = self.extras["queries"] = AuxiliaryQueries(model, family, train.one_to_many)
+
+    def enter(self, done: float) -> None:
+        """Be what the recipe says for the fraction `done` of the steps."""
+        if self.distill.fade is not None:
+            self.strength = max(0.0, 1.0 - done / self.distill.fade)
 
     def __call__(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and each of its terms unweighted; `wrapped` is the model, or DDP around it."""
@@ -51,10 +57,10 @@ class Objective:
             lesson = Lesson(student=found.predictions, labels=batch.labels, softmax=self.family.softmax)
             extra, values = weighted(self.train.terms, lesson, "train")
             total, terms = total + extra, terms | values
-        if self.teacher is not None:
+        if self.teacher is not None and self.strength:
             lesson = self.teacher.lesson(found.predictions, batch)
             extra, values = weighted(self.distill.terms, lesson, "distill")
-            total, terms = total + extra, terms | values
+            total, terms = total + self.strength * extra, terms | values
         if self.queries is not None:
             many = self.queries.loss(self.model, call, batch.labels, auxiliary=self.train.auxiliary)
             total, terms = total + self.queries.spec.weight * many, terms | {"one_to_many": many.detach()}

@@ -187,7 +187,9 @@ class Trainer:
 
     def _step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimiser step over accumulated batches; the loss terms as numbers."""
-        self.stages.enter(self.position.step / self.total_steps)
+        done = self.position.step / self.total_steps
+        self.stages.enter(done)
+        self.objective.enter(done)
         scale = lr_scale(self.train, self.position.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale

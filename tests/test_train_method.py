@@ -64,6 +64,7 @@ TRAIN = Train(
 )
 DISTILL = Distill(
     teacher="wide",
+    fade=0.8,  # of six steps the last is without a teacher
     terms={
         name: Term(weight=0.2) for name in ("logits", "boxes", "foreground_queries", "co_attended", "memory")
     },
@@ -209,8 +210,9 @@ def test_everything_took_part(straight, calibrated):
     """Else the test above would show nothing."""
     made, watch, _ = straight
     assert 0 < made.oscillation.frozen < 1
-    names = {"one_to_many", "train_iou_aware", *(f"distill_{name}" for name in DISTILL.terms)}
+    names, taught = {"one_to_many", "train_iou_aware"}, {f"distill_{name}" for name in DISTILL.terms}
     assert all(names <= set(entry) and entry["one_to_many"] > 0 for entry in watch.entries)
+    assert [taught <= set(entry) for entry in watch.entries] == [True] * 5 + [False]
     fitted = [m for m in made.model.modules() if isinstance(m, DistributionAlignment)]
     assert fitted
     assert all(bool(each.fitted) for each in fitted)
@@ -250,10 +252,11 @@ def test_a_run_stopped_in_a_stage_is_saved_with_all_on(tmp_path, data, calibrate
 
 
 def test_the_loss_is_the_sum_of_its_weighted_terms(straight):
-    for entry in straight[1].entries:
-        terms = {"train_iou_aware": 0.5, "one_to_many": 0.5} | {f"distill_{n}": 0.2 for n in DISTILL.terms}
+    for step, entry in enumerate(straight[1].entries):
+        taught = 0.2 * (1 - step / 6 / 0.8)  # the teacher's part fades
+        terms = {"train_iou_aware": 0.5, "one_to_many": 0.5} | {f"distill_{n}": taught for n in DISTILL.terms}
         detection = entry["loss_ce"] + 5 * entry["loss_bbox"] + 2 * entry["loss_giou"]
-        expected = detection + sum(weight * entry[name] for name, weight in terms.items())
+        expected = detection + sum(weight * entry.get(name, 0.0) for name, weight in terms.items())
         assert entry["loss"] == pytest.approx(expected, rel=1e-4)
 
 
