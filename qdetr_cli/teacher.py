@@ -18,8 +18,8 @@ class Teacher:
 
     `same_origin` says that the student began as this model: then learned queries correspond one to one, and
     otherwise they are matched. A teacher that chooses its queries from the image takes the student's choice
-    in place of its own, where it has as many tokens: then they correspond as well. Where its width differs
-    from the student's, learned projections, of no use after training, take the student's features to its own.
+    in place of its own, where it has as many tokens: then they correspond as well. Where its width differs from the student's, learned projections, of no use
+    after training, take the student's features to its width.
     """
 
     def __init__(self, model: nn.Module, student: nn.Module, family: Family, *, same_origin: bool) -> None:

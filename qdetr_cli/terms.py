@@ -156,8 +156,8 @@ def foreground_queries_term(
 def co_attended_term(lesson: Lesson, *, layers: Layers = "all") -> Tensor:
     """Squared error of co-attended features over their size, weighted by the teacher's confidence; a scalar.
 
-    Pairs are the lesson's: query i with query i where both have the same queries, or are asked for the same
-    places, so that no noise of matching arises; else Hungarian.
+    Pairs are the lesson's: query i with query i where student and teacher share their queries, so that no
+    noise of matching arises, or asked for the same places; else Hungarian.
     """
     weight = BACKGROUND_WEIGHT + foreground(lesson.partner, lesson.softmax)  # (B, Q)
     errors = [
