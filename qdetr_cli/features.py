@@ -3,22 +3,16 @@
 The co-attended feature D of a decoder layer is what its cross-attention gives before the output projection:
 softmax(q k^T) v of all heads side by side (Q-DETR, eq. 2.26), or the sampled and weighted values where
 attention is deformable.
-
-Models that choose their queries from the image (RT-DETR, D-FINE, two-stage) take the tokens of the encoder
-with the best scores. Which these are is recorded too, and another model can be asked for the same ones, so
-that query i of both stands for the same place (as KD-DETR, Wang et al., CVPR 2024, asks both for the same
-points).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdetr_cli.families import Family, role_of
-from qdetr_cli.matching import Selection
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "output_proj")  # as transformers names them
 MEMORY = "encoder_hidden_states"  # the decoder's argument
@@ -32,7 +26,6 @@ class Features:
         self.layers: dict[str, Tensor] = {}  # cross-attention's path -> (B, Q, D)
         self.memory: Tensor | None = None  # (B, L, D), None where nothing like it exists
         self.memory_mask: Tensor | None = None  # bool (B, L), False for padding; None: there is none
-        self.selection: Selection | None = None  # None: no query is chosen from the image
 
     @property
     def co_attended(self) -> tuple[Tensor, ...]:
@@ -41,45 +34,18 @@ class Features:
 
 
 @contextmanager
-def recorded(model: nn.Module, family: Family, asked: Selection | None = None) -> Iterator[Features]:
-    """For the duration of the block, every forward pass of `model` leaves its features here.
-
-    `asked`: the tokens that it is to take for queries, where it chooses among as many.
-    """
+def recorded(model: nn.Module, family: Family) -> Iterator[Features]:
+    """For the duration of the block, every forward pass of `model` leaves its features here."""
     features = Features()
     handles = [_watch_attention(path, module, features) for path, module in cross_attentions(model, family)]
     decoder = getattr(getattr(model, "base_model", model), "decoder", None)
     if isinstance(decoder, nn.Module):
         handles.append(decoder.register_forward_pre_hook(_keep_memory(features), with_kwargs=True))
-    handles.append(model.register_forward_pre_hook(_forget_selection(features)))
     try:
-        with _watched_selection(features, asked) if not family.fixed_queries else nullcontext():
-            yield features
+        yield features
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _watched_selection(features: Features, asked: Selection | None) -> Iterator[None]:
-    """The first `torch.topk` along tokens, of scores (B, L), is the selection; of query groups, the first."""
-    library: Any = torch  # which the models' code calls by name
-    own = library.topk
-
-    def topk(scores: Tensor, k: int, dim: int = -1, *rest: Any, **options: Any) -> Any:
-        if scores.dim() != 2 or dim != 1 or features.selection is not None:
-            return own(scores, k, dim, *rest, **options)
-        found = own(scores, k, dim, *rest, **options)
-        if asked is not None and asked.count == scores.shape[1]:
-            found = torch.return_types.topk((scores.gather(1, asked.tokens), asked.tokens))
-        features.selection = Selection(found[1], scores.shape[1])
-        return found
-
-    library.topk = topk
-    try:
-        yield
-    finally:
-        library.topk = own
 
 
 def cross_attentions(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
@@ -104,13 +70,6 @@ def _watch_attention(path: str, attention: nn.Module, features: Features) -> Any
     if projection is None:  # D-FINE: the sampled values are the output
         return attention.register_forward_hook(after)
     return projection.register_forward_pre_hook(before_projection)
-
-
-def _forget_selection(features: Features) -> Any:
-    def forget(module: nn.Module, inputs: Any) -> None:
-        features.selection = None
-
-    return forget
 
 
 def _keep_memory(features: Features) -> Any:

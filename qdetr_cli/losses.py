@@ -77,7 +77,6 @@ def predictions_of(outputs: Any, features: Features | None = None, *, groups: in
         co_attended=() if features is None else tuple(each[:, real] for each in features.co_attended),
         memory=None if features is None else features.memory,
         memory_mask=None if features is None else features.memory_mask,
-        selection=None if features is None else features.selection,
     )
 
 

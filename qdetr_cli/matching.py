@@ -17,14 +17,6 @@ TAU = 0.6  # Q-DETR's threshold on a query's GIoU, as a part of the best query's
 Labels = Sequence[dict[str, Tensor]]  # for each image `class_labels` (T,) and `boxes` (T, 4) cxcywh
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The tokens of the encoder that became queries, int64 (B, Q), best first, out of `count`."""
-
-    tokens: Tensor
-    count: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictions:
     """What a detector says of a batch: logits (B, Q, C) and boxes (B, Q, 4), cxcywh in 0..1.
@@ -38,14 +30,11 @@ class Predictions:
     co_attended: tuple[Tensor, ...] = ()
     memory: Tensor | None = None
     memory_mask: Tensor | None = None  # None: nothing is padding
-    selection: Selection | None = None  # of queries that were chosen from the image
 
     def take(self, pairs: Tensor) -> "Predictions":
         """The predictions reordered so that row q holds query `pairs[b, q]`; pairs is int64 (B, Q)."""
-        chosen = self.selection
         return replace(
             self,
-            selection=None if chosen is None else Selection(chosen.tokens.gather(1, pairs), chosen.count),
             logits=_rows(self.logits, pairs),
             boxes=_rows(self.boxes, pairs),
             co_attended=tuple(_rows(each, pairs) for each in self.co_attended),

@@ -9,7 +9,7 @@ from qdetr_cli.data import Batch
 from qdetr_cli.families import Family, family_of
 from qdetr_cli.features import recorded
 from qdetr_cli.losses import predictions_of
-from qdetr_cli.matching import Predictions, Selection, hungarian_pairs, same_query
+from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
 from qdetr_cli.terms import Lesson
 
 
@@ -17,8 +17,7 @@ class Teacher:
     """A float detector in eval mode, without gradient.
 
     `same_origin` says that the student began as this model: then learned queries correspond one to one, and
-    otherwise they are matched. A teacher that chooses its queries from the image takes the student's choice
-    in place of its own, where it has as many tokens: then they correspond as well. Where its width differs from the student's, learned projections, of no use
+    otherwise they are matched. Where its width differs from the student's, learned projections, of no use
     after training, take the student's features to its width.
     """
 
@@ -30,12 +29,10 @@ class Teacher:
 
     def lesson(self, student: Predictions, batch: Batch) -> Lesson:
         """The lesson of one batch: what both say, in the teacher's width, and who is whose partner."""
-        asked = student.selection
-        with torch.no_grad(), recorded(self.model, self.own_family, asked) as features:
+        with torch.no_grad(), recorded(self.model, self.own_family) as features:
             outputs = self.model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
             mentor = predictions_of(outputs, features)
-        same = asked is not None and _same(asked, mentor.selection)
-        pairs = same_query(student) if self.same_query or same else self._matched(student, mentor)
+        pairs = same_query(student) if self.same_query else self._matched(student, mentor)
         return Lesson(
             student=self._projected(student),
             labels=batch.labels,
@@ -57,13 +54,7 @@ class Teacher:
             co_attended=tuple(wider["co_attended"](each) for each in student.co_attended),
             memory=None if student.memory is None else wider["memory"](student.memory),
             memory_mask=student.memory_mask,
-            selection=student.selection,
         )
-
-
-def _same(asked: Selection, taken: Selection | None) -> bool:
-    """Whether a teacher took the tokens that it was asked for: it may choose among others."""
-    return taken is not None and taken.tokens is asked.tokens
 
 
 def _projections(student: nn.Module, teacher: nn.Module) -> nn.ModuleDict:

@@ -157,7 +157,7 @@ def co_attended_term(lesson: Lesson, *, layers: Layers = "all") -> Tensor:
     """Squared error of co-attended features over their size, weighted by the teacher's confidence; a scalar.
 
     Pairs are the lesson's: query i with query i where student and teacher share their queries, so that no
-    noise of matching arises, or asked for the same places; else Hungarian.
+    noise of matching arises; else Hungarian.
     """
     weight = BACKGROUND_WEIGHT + foreground(lesson.partner, lesson.softmax)  # (B, Q)
     errors = [

@@ -67,14 +67,6 @@ def watched(model, given: dict) -> Features:
     return features
 
 
-def test_each_forward_pass_has_a_selection_of_its_own():
-    model = quantized("rt_detr")[0].eval()
-    with torch.no_grad(), recorded(model, family_of(model)) as features:
-        for images in (3, 2):
-            model(**inputs("pixels", images))
-            assert features.selection.tokens.shape == (images, QUERIES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_float_and_fake_quant_models_give_the_same(name):
     """As many D as decoder layers, (B, Q, D), and the memory; to the last bit while quantizers are off."""
