@@ -77,22 +77,13 @@ def main() -> None:
     results = Ledger(path=path, columns=(*COLUMNS, *MORE), keys=4)
     for seed in arguments.seeds:  # the whole table with one seed, then with the next
         for bits in arguments.bits:
-            rows = _rungs(menu["bits"][bits]) if arguments.ladder else _recipes(menu, bits)
+            rows = _rungs(menu["bits"][bits]) if arguments.ladder else menu["rows"]
             for row in [each for each in rows if each in (arguments.rows or rows)]:
                 cell = Cell(model=arguments.model, bits=bits, row=row, seed=seed)
-                _run(cell, rows[row], source, data, results, arguments)
+                content = dict(rows[row] or {})
+                recipe = {"extends": [menu["bits"][bits], *content.pop("extends", [])], **content}
+                _run(cell, recipe, source, data, results, arguments)
     write_table(path)
-
-
-def _recipes(menu: dict[str, Any], bits: str) -> dict[str, Any]:
-    """The recipe of each row of a column: over the column's own, or by column in its place."""
-    rows: dict[str, Any] = {}
-    for row, content in menu["rows"].items():
-        if content.keys().isdisjoint(menu["bits"]):
-            rows[row] = {"extends": [menu["bits"][bits]], **content}
-        elif bits in content:
-            rows[row] = {"extends": content[bits]}
-    return rows
 
 
 def _arguments() -> argparse.Namespace:
@@ -131,8 +122,7 @@ def _rungs(recipe: str) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for count, name in enumerate(groups, start=1):
         later = [role for roles in list(groups.values())[count:] for role in roles]
-        float_rules = {"rules": [{"role": later, "keep": "float"}]} if later else {}
-        rows[f"+ {name}"] = {"extends": [recipe], **float_rules}
+        rows[f"+ {name}"] = {"rules": [{"role": later, "keep": "float"}]} if later else {}
     return rows
 
 
