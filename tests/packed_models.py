@@ -20,7 +20,9 @@ schema: 1
 extends: w4a4
 rules:
   - {role: [backbone, encoder.ffn], weight: {bits: 2, quantizer: statistics}}
-  - {role: [encoder.attention, backbone.attention], op: linear, weight: {bits: 2, mid_rise: true}}
+  - role: [encoder.attention, backbone.attention]
+    op: linear
+    weight: {bits: 2, quantizer: lsq, mid_rise: true}
   - {role: decoder.self_attention, op: linear, weight: {bits: 3, quantizer: statistics}}
   - {role: decoder.ffn, weight: {bits: 3, per: tensor}}
   - {role: input_proj, weight: {bits: 5}}

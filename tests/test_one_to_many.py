@@ -104,14 +104,14 @@ def test_gradients_reach_the_queries_and_all_that_the_decoder_reads(name):
     assert {"decoder", "encoder"} <= moved
 
 
-def test_they_begin_near_the_models_own():
+def test_they_begin_about_the_models_own_and_apart_from_them():
     model = float_model("detr")
     own = model.model.query_position_embeddings.weight.detach()
     torch.manual_seed(0)
     made = AuxiliaryQueries(model, family_of(model), OneToMany())
     noise = (made.queries.detach() - own) / own.std()
     assert made.queries.shape == own.shape
-    assert 0.07 < float(noise.std()) < 0.13
+    assert 0.7 < float(noise.std()) < 1.3
     assert made.queries.requires_grad
     assert list(made.state_dict()) == ["queries"], "the model itself is not part of it"
 
