@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qdetr_cli import compiled
-from qdetr_cli.ranges import HALF, STEP_FLOOR, is_shifted
+from qdetr_cli.ranges import MID_RISE_ZERO, STEP_FLOOR, is_shifted
 from qdetr_cli.recipe import QuantFormat
 from qdetr_cli.recomputed import remember
 
@@ -83,7 +83,7 @@ def make_grid(step: Tensor, offset: Tensor | None, format: QuantFormat) -> Grid:
     shifted = is_shifted(format)
     zero = None if offset is None else offset.detach().float()
     if format.mid_rise:
-        zero = torch.full_like(step, HALF)
+        zero = torch.full_like(step, MID_RISE_ZERO)
     elif zero is not None and not shifted:
         zero = zero.round().clamp(format.qmin, format.qmax)
     return Grid(step=step, zero=zero, qmin=format.qmin, qmax=format.qmax, shifted=shifted)

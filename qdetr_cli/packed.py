@@ -38,7 +38,7 @@ from qdetr_cli.manifest import (
 )
 from qdetr_cli.plan import ModulePlan, Plan, SlotPlan
 from qdetr_cli.quantizers import FakeQuantizer
-from qdetr_cli.ranges import HALF
+from qdetr_cli.ranges import MID_RISE_ZERO
 from qdetr_cli.reading import parse_json
 
 PACKED = "packed"  # the key of the metadata
@@ -229,7 +229,7 @@ def _unpacked(name: str, packing: Packing, tensors: Mapping[str, Tensor]) -> Ten
     half = 1 << (packing.bits - 1)
     codes = torch.from_numpy(unpack(tensors[name].numpy(), packing.bits, packing.values))
     step, shifted = tensors[name + _STEP], packing.mid_rise
-    zero = torch.full_like(step, HALF) if shifted else None
+    zero = torch.full_like(step, MID_RISE_ZERO) if shifted else None
     grid = Grid(step=step, zero=zero, qmin=-half, qmax=half - 1, shifted=shifted)
     return grid.dequantize(codes.reshape(packing.shape).float().sub_(half), packing.axis)
 

@@ -24,7 +24,7 @@ _FINE = (1.12, 1.06, 1.03, 1.015, 1.007)  # factors of the refinement, one round
 _BLOCK = 1 << 16  # values that one pass holds; small enough for the cache of one core
 
 
-HALF = -0.5  # the zero point of a mid-rise grid, whose levels are (q + 1/2) * step
+MID_RISE_ZERO = -0.5  # the zero point of a mid-rise grid, whose levels are (q + 1/2) * step
 
 
 def has_free_offset(format: QuantFormat) -> bool:
@@ -88,16 +88,15 @@ def _search(values: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
 def grid_from_range(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """Return (step, zero point), shaped as `low`, of the grid that spans [low, high].
 
-    Symmetric: the zero point is 0, or HALF where the format is mid-rise. Asymmetric: it is a whole number in
+    Symmetric: the zero point is 0, or MID_RISE_ZERO. Asymmetric: it is a whole number in
     qmin..qmax and 0 lies on the grid, unless the format has a free offset: then it is any real number. The
     step is at least STEP_FLOOR.
     """
     if format.symmetric:
-        zero = HALF if format.mid_rise else 0.0
-        least = format.qmin - zero
+        least, most = _symmetric_levels(format)
         below = low / least if least else torch.zeros_like(low)
-        step = torch.maximum(high / (format.qmax - zero), below).clamp_min(STEP_FLOOR)
-        return step, torch.full_like(step, zero)
+        step = torch.maximum(high / most, below).clamp_min(STEP_FLOOR)
+        return step, torch.full_like(step, format.qmin - least)
     free = has_free_offset(format)
     if not free:
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -118,11 +117,17 @@ def _at(ordered: Tensor, place: float) -> Tensor:
     return torch.lerp(ordered[:, below], ordered[:, above], place - below)
 
 
+def _symmetric_levels(format: QuantFormat) -> tuple[float, float]:
+    """Return the lowest and the highest level of a grid without an offset, in steps."""
+    zero = MID_RISE_ZERO if format.mid_rise else 0.0
+    return format.qmin - zero, format.qmax - zero
+
+
 def _symmetric_ends(low: Tensor, high: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """Return the ends of the widest grid worth trying: its highest integer is the largest magnitude."""
-    zero = HALF if format.mid_rise else 0.0
-    step = torch.maximum(high, -low if format.qmin else high) / (format.qmax - zero)
-    return step * (format.qmin - zero), step * (format.qmax - zero)
+    least, most = _symmetric_levels(format)
+    step = torch.maximum(high, -low if format.qmin else high) / most
+    return step * least, step * most
 
 
 def _candidates(low: Tensor, high: Tensor, factors: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:

@@ -64,13 +64,15 @@ def test_codes_come_back_and_stand_where_the_layout_says(drawn):
     assert np.array_equal(unpack(stream, bits, len(listed)), codes)
 
 
+@pytest.mark.parametrize("mid_rise", [False, True], ids=["plain", "mid-rise"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_numbers_of_a_grid_are_its_fixed_points(bits):
+def test_numbers_of_a_grid_are_its_fixed_points(bits, mid_rise):
     """(n * step) / step rounds to n again, for steps of any size that a quantizer may have."""
     generator = torch.Generator().manual_seed(bits)
     steps = torch.cat([torch.rand(4000, generator=generator), 2.0 ** torch.linspace(-27, 60, 4000)])
     half = 1 << (bits - 1)
-    grid = Grid(step=steps, zero=None, qmin=-half, qmax=half - 1, shifted=False)
+    zero = torch.full_like(steps, -0.5) if mid_rise else None
+    grid = Grid(step=steps, zero=zero, qmin=-half, qmax=half - 1, shifted=mid_rise)
     integers = torch.arange(-half, half, dtype=torch.float32).expand(8000, -1)
     values = grid.dequantize(integers, 0)
     assert torch.equal(grid.integers(values, 0), integers)

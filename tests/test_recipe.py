@@ -204,6 +204,11 @@ def test_dict_and_back_sees_a_change(tmp_path: Path) -> None:
             id="fade",
         ),
         pytest.param(
+            "schema: 1\ndistill: {fade: 0.5}\n",
+            "fade: there are no terms that could fade",
+            id="fade of nothing",
+        ),
+        pytest.param(
             "schema: 1\nrules: [{op: linear, weight: {}}]\n", "rules.0.weight: sets nothing", id="no format"
         ),
         pytest.param(

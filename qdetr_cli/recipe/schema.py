@@ -55,12 +55,8 @@ def _check_roles(roles: tuple[str, ...]) -> tuple[str, ...]:
     return roles
 
 
-SLOT_FAULTS = (
-    "per",
-    "weight",
-    "align",
-    "mid_rise",
-)  # what `_fits` raises: a format that is fine, in the wrong slot
+# What `_fits` raises: a format that is fine, in the wrong slot.
+SLOT_FAULTS = ("per", "weight", "align", "mid_rise")
 
 
 def _fits(slot: Slot) -> Callable[[Format], Format]:
@@ -271,6 +267,8 @@ class Distill(Section):
             raise PydanticCustomError(
                 "terms", "a teacher without terms teaches nothing; give terms, e.g. logits: 1.0"
             )
+        if self.fade is not None and not self.terms:
+            raise PydanticCustomError("fade", "fade: there are no terms that could fade; drop the key")
         return self
 
 
