@@ -78,6 +78,8 @@ def main() -> None:
     for seed in arguments.seeds:  # the whole table with one seed, then with the next
         for bits in arguments.bits:
             rows = _rungs(menu["bits"][bits]) if arguments.ladder else menu["rows"]
+            if bits == "float":  # the other rows are about quantizers and about learning from this very model
+                rows = {"baseline": rows["baseline"]}
             for row in [each for each in rows if each in (arguments.rows or rows)]:
                 cell = Cell(model=arguments.model, bits=bits, row=row, seed=seed)
                 content = dict(rows[row] or {})
