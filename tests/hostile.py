@@ -89,11 +89,16 @@ def changed(draw: st.DrawFn, whole: Any, times: int = 2) -> Any:
             owner = owner[key]
         kind = draw(st.sampled_from(("put", "put", "put", "drop", "add")))
         if kind == "put":
-            owner[where[-1]] = draw(st.sampled_from(ODD))
+            owner[where[-1]] = _odd(draw)
         elif kind == "drop":
             del owner[where[-1]]
         elif isinstance(owner, dict):
-            owner["strange"] = draw(st.sampled_from(ODD))
+            owner["strange"] = _odd(draw)
         if not content:
             break
     return content
+
+
+def _odd(draw: st.DrawFn) -> Any:
+    """A copy: the next change may be made inside it, and examples must not depend on each other."""
+    return copy.deepcopy(draw(st.sampled_from(ODD)))
