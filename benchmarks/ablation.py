@@ -37,7 +37,7 @@ MENU, RESULTS = HERE / "ablation.yaml", HERE / "results"
 COLUMNS = ("model", "bits", "row", "seed", "ap50_voc_area_float", "ap50_voc_area")
 MORE = ("ap_float", "ap", "steps", "seconds", "commit", "settings")
 TRAIN_IMAGES, VAL_IMAGES = 24_000, 2_000
-# A small detector and minutes instead of a large one and days; --set goes over it. The rate is the demo's, 3e-4:
+# A small detector and minutes instead of a large one and days; --set goes over it. The rate is the demo's:
 # at 1e-3 the baseline forgets more than it adapts (D-FINE, 3-3-8: AP50 90.7 in place of 93.3).
 SCHEDULE = (
     *SETTINGS,
