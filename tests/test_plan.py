@@ -177,6 +177,20 @@ def test_missing_roles_are_skipped_and_said() -> None:
     assert module(made, "head").is_float
 
 
+def test_missing_operations_are_skipped_and_said_unless_another_of_the_rule_is_there() -> None:
+    made = plan(
+        W4A4,
+        {"op": "deformable", "v": {"bits": 8}},
+        {"role": "class_head", "op": ["deformable", "residual"], "keep": "float"},
+        {"op": ["deformable", "attention"], "v": {"bits": 8}},
+    )
+    assert made.skipped == (
+        "detr has no deformable: skipped in rules.1 (mine.yaml), rules.2 (mine.yaml)",
+        "detr has no residual: skipped in rules.2 (mine.yaml)",
+    )
+    assert bits(made, "head") == {"weight": 4, "input": 4}
+
+
 def test_a_rule_without_effect_is_said() -> None:
     made = plan({"role": "class_head", "weight": {"bits": 8}}, W4A4)
     assert made.skipped == (f"rules.0 {IDLE}",)
@@ -194,11 +208,6 @@ def test_a_rule_without_effect_is_said() -> None:
         ),
         pytest.param(
             {"path": ["head", "x*y"], "keep": "float"}, "x*y matches no layer", id="one of two paths"
-        ),
-        pytest.param(
-            {"op": "deformable", "v": {"bits": 8}},
-            "rules.0.op: this model has no deformable; it has attention, conv, linear",
-            id="op",
         ),
         pytest.param(
             {"role": "class_head", "q": {"bits": 8}},

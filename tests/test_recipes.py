@@ -101,13 +101,16 @@ def test_one_recipe_plans_on_the_other_families(family: str) -> None:
 @quantizing
 @families
 def test_eight_bits_take_the_whole_range_but_of_the_memory(name: str, family: str) -> None:
-    """Boxes lose precision where outliers are clipped; a memory is rounded to nothing where they are not."""
+    """Where queries are chosen from it and where it is sampled, which is at 4 bits in some recipes."""
     for module in plan(name, family).modules:
-        if module.op in ("linear", "conv") and not module.is_float:
-            (input,) = (slot.format for slot in module.slots if slot.slot == "input")
+        slots = {slot.slot: slot.format for slot in module.slots}
+        if module.op == "deformable":
+            assert (slots["v"].symmetric, slots["v"].init) == (False, "mse")
+        elif module.op in ("linear", "conv") and not module.is_float:
             eight = name == "w8a8" or any(role_matches(role, module.role) for role in EIGHT)
-            whole = eight and module.role != "decoder.other"
-            assert input.init == ("minmax" if whole else "mse"), module.path
+            memory = module.role == "decoder.other"
+            wanted = "percentile" if memory else "minmax" if eight else "mse"
+            assert slots["input"].init == wanted, module.path
 
 
 @quantizing
@@ -131,11 +134,12 @@ def test_bits_are_as_the_name_says(name: str, family: str) -> None:
 
 @families
 def test_formats_are_what_an_integer_matmul_can_use(family: str) -> None:
-    made = [slot for module in plan("w4a4", family).modules for slot in module.slots]
+    """What deformable attention samples is in no such product, so that it may have an offset."""
     seen = {
         (slot.slot, slot.format.per, slot.format.symmetric, slot.format.unsigned)
-        for slot in made
-        if slot.format is not None
+        for module in plan("w4a4", family).modules
+        for slot in module.slots
+        if slot.format is not None and (module.op, slot.slot) != ("deformable", "v")
     }
     assert seen == {
         ("weight", "channel", True, False),
@@ -196,8 +200,10 @@ def test_fewer_bits_cost_less(family: str) -> None:
 
 @families
 def test_what_the_family_lacks_is_said(family: str) -> None:
-    roles = {module.role for module in plan("w4a4", family).modules}
+    modules = plan("w4a4", family).modules
+    roles, ops = {module.role for module in modules}, {module.op for module in modules}
     absent = {role for role in (*EIGHT, *SPARED) if not any(role_matches(role, found) for found in roles)}
+    absent |= {"deformable"} - ops
     said = {line.split(" has no ")[1].split(":")[0] for line in plan("w4a4", family).skipped}
     assert said == absent
     assert ("sampling" in absent) == (family in ("detr", "conditional_detr"))

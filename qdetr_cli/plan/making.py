@@ -23,8 +23,8 @@ _KEPT = Format(bits="float")
 def make_plan(recipe: Recipe, facts: GraphFacts) -> Plan:
     """The plan of a recipe for a model.
 
-    Raises a RecipeError that lists every fault: a path pattern or operation that matches nothing, a slot that
-    no selected module has, bits that no rule gives, a plugin that is unknown or refuses its options. Roles
+    Raises a RecipeError that lists every fault: a path pattern that matches nothing, a slot that no selected
+    module has, bits that no rule gives, a plugin that is unknown or refuses its options. Roles and operations
     that the family lacks, and rules that later ones override everywhere, are told in `skipped`.
     """
     modules = candidates(facts)
@@ -36,7 +36,7 @@ def make_plan(recipe: Recipe, facts: GraphFacts) -> Plan:
     planned = tuple(_planned(module, slots) for module, slots in zip(modules, settled, strict=True))
     return Plan(
         modules=planned,
-        skipped=(*_missing_roles(selections, facts.family), *_overridden(selections, settled)),
+        skipped=(*_missing(selections, facts.family), *_overridden(selections, settled)),
         ladder=ladder_groups(recipe, planned),
     )
 
@@ -107,13 +107,13 @@ def _reason(module: Candidate, slots: Sequence[SlotPlan]) -> str:
     return f"kept float by {rules}" if rules else "no rule"
 
 
-def _missing_roles(selections: Iterable[Selection], family: str) -> Iterator[str]:
+def _missing(selections: Iterable[Selection], family: str) -> Iterator[str]:
     where: dict[str, list[str]] = {}
     for selection in selections:
-        for role in selection.missing:
-            where.setdefault(role, []).append(selection.label)
-    for role, labels in where.items():
-        yield f"{family} has no {role}: skipped in {', '.join(labels)}"
+        for name in selection.missing:
+            where.setdefault(name, []).append(selection.label)
+    for name, labels in where.items():
+        yield f"{family} has no {name}: skipped in {', '.join(labels)}"
 
 
 def _overridden(selections: Iterable[Selection], settled: Iterable[Sequence[_Settled]]) -> Iterator[str]:

@@ -92,7 +92,7 @@ class Plan:
     """Every module in the order of the model, what was passed over, and the ladder's groups."""
 
     modules: tuple[ModulePlan, ...]
-    skipped: tuple[str, ...]  # what the user should hear: roles that are not there, rules without effect
+    skipped: tuple[str, ...]  # to be said: roles and operations that are not there, rules without effect
     ladder: dict[str, tuple[str, ...]]  # group -> paths of its quantized modules
 
     def to_dict(self) -> dict[str, Any]:

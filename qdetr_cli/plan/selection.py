@@ -36,12 +36,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """One rule, the modules it selects, the roles that are not there, and what is wrong with it."""
+    """One rule, the modules it selects, the roles and operations that are not there, and what is wrong."""
 
     index: int
     rule: Rule
     modules: tuple[Candidate, ...]
-    missing: tuple[str, ...]
+    missing: tuple[str, ...]  # each role; the operations where none of them is there
     faults: tuple[Fault, ...]
 
     @property
@@ -113,13 +113,21 @@ def _blocked(layer: LayerFacts) -> str:
 
 def select(index: int, rule: Rule, modules: tuple[Candidate, ...]) -> Selection:
     """The modules of a rule: selectors are and-ed, the entries of one selector or-ed."""
-    missing = tuple(role for role in rule.role if not any(role_matches(role, m.role) for m in modules))
+    missing = (*_missing_roles(rule, modules), *_missing_ops(rule, modules))
     chosen = tuple(module for module in modules if _fits(rule, module))
     bare = Selection(index=index, rule=rule, modules=chosen, missing=missing, faults=())
-    faults = (*_pattern_faults(bare, modules), *_op_faults(bare, modules))
+    faults = tuple(_pattern_faults(bare, modules))
     if not faults:
         faults = (*_empty_faults(bare), *_slot_faults(bare), *_blocked_faults(bare))
     return Selection(index=index, rule=rule, modules=chosen, missing=missing, faults=faults)
+
+
+def _missing_roles(rule: Rule, modules: Iterable[Candidate]) -> Iterable[str]:
+    return (role for role in rule.role if not any(role_matches(role, module.role) for module in modules))
+
+
+def _missing_ops(rule: Rule, modules: Iterable[Candidate]) -> Iterable[str]:
+    return () if {module.op for module in modules}.intersection(rule.op) else rule.op
 
 
 def _fits(rule: Rule, module: Candidate) -> bool:
@@ -138,15 +146,10 @@ def _pattern_faults(selection: Selection, modules: tuple[Candidate, ...]) -> Ite
             yield selection.fault("path", f"{pattern} matches no layer or attention of this model{hint}")
 
 
-def _op_faults(selection: Selection, modules: tuple[Candidate, ...]) -> Iterable[Fault]:
-    ops, here = selection.rule.op, sorted({module.op for module in modules})
-    if ops and not set(ops) & set(here):
-        yield selection.fault("op", f"this model has no {' or '.join(ops)}; it has {', '.join(here)}")
-
-
 def _empty_faults(selection: Selection) -> Iterable[Fault]:
-    """Nothing selected, though each selector alone is fine. Roles that the family lacks are no fault."""
-    absent = bool(selection.rule.role) and len(selection.missing) == len(selection.rule.role)
+    """Nothing selected, though each selector alone is fine. What the family lacks is no fault."""
+    rule, missing = selection.rule, set(selection.missing)
+    absent = any(names and missing.issuperset(names) for names in (rule.role, rule.op))
     if not selection.modules and not absent:
         yield selection.fault("", "selects no module: its selectors match, but none together")
 
