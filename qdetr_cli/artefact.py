@@ -21,6 +21,7 @@ from qdetr_cli.checkpoint import Detector
 from qdetr_cli.errors import CheckpointError, ExportError, PluginError
 from qdetr_cli.export.metadata import Metadata
 from qdetr_cli.families import family_of
+from qdetr_cli.instructions import sums_overflow
 from qdetr_cli.processors import Processor
 from qdetr_cli.sessions import Inputs, Session, open_session
 
@@ -42,6 +43,11 @@ class Artefact:
     metadata: Metadata
     session: Session
     detector: Detector
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether sums of its products may be cut here: see `instructions`."""
+        return self.metadata.quantized and not self.metadata.portable and sums_overflow()
 
 
 def open_artefact(path: Path, threads: int | None = None) -> Artefact:

@@ -39,6 +39,7 @@ def export(
     out: Path,
     size: str | None = None,
     batch: str = "1",
+    portable: bool | None = None,
     data: DataSource | None = None,
     threads: int | None = None,
     plugins: Sequence[Path] = (),
@@ -46,8 +47,8 @@ def export(
 ) -> Exported:
     """Write a model as a file of a runtime, run it, and compare it with the model; or pack its weights.
 
-    What `to` and `size` leave open, the recipe of the model says. With `data` the AP of both is measured. A
-    file that differs by more than rounding is not kept.
+    What `to`, `size` and `portable` leave open, the recipe of the model says. With `data` the AP of both is
+    measured. A file that differs by more than rounding is not kept.
     """
     began = time.perf_counter()
     (wanted, any_size), images = parse_export_size(size), parse_batch(batch)
@@ -56,7 +57,9 @@ def export(
     to = to or told(model).to
     target: Target = check_target(to, out)
     if not target.suffix:
-        refuse_settings(to, {"--size": size is not None, "--data": data is not None, "--batch": batch != "1"})
+        given = {"--size": size, "--data": data, "--portable": portable}
+        used = {name: each is not None for name, each in given.items()}
+        refuse_settings(to, used | {"--batch": batch != "1"})
     evaluation = None if data is None else open_split(data, data.split, listener)
     model = model or open_model(source, listener.say)
     check_space(out, model)
@@ -71,6 +74,7 @@ def export(
         threads,
         batch=images,
         any_size=any_size,
+        portable=told(model).portable if portable is None else portable,
         began=began,
         listener=listener,
     )

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qdetr_cli.errors import ExportError, RunError
 from qdetr_cli.export.floats import explained
 from qdetr_cli.export.kernels import Kernels
 from qdetr_cli.export.metadata import Metadata
+from qdetr_cli.instructions import sums_overflow
 from qdetr_cli.models import Model, parse_size, save_packed, trace_size, versions
 from qdetr_cli.recipe import Export
 from qdetr_cli.results import Exported, Listener
@@ -56,6 +57,7 @@ def exported_file(
     *,
     batch: int | None,
     any_size: bool,
+    portable: bool | None,
     began: float,
     listener: Listener,
 ) -> Exported:
@@ -65,14 +67,16 @@ def exported_file(
     """
     target = TARGETS[to]
     at = "for any size" if any_size else f"at {size[0]}x{size[1]}"
-    listener.say(f"exporting {at}, and comparing the file with the model")
+    portable = sums_overflow() if portable is None else portable
+    form = ", so that no sum overflows without VNNI (--portable)" if portable else ""
+    listener.say(f"exporting {at}{form}, and comparing the file with the model")
     with draft_files(out, target.companions) as draft:
-        write(model, to, size, draft, batch=batch, any_size=any_size)
+        write(model, to, size, draft, batch=batch, any_size=any_size, portable=portable)
         artefact = open_artefact(draft, threads)
         parity = compared(model, artefact, sample(artefact.detector.processor, data, size))
         metrics = {} if data is None else both_metrics(model, artefact, data, listener)
         used = kernels(to, draft, size)
-    floats = explained(used, model.plan)
+    floats = explained(used, model.plan, narrow=portable and to == "openvino")
     for each in floats:
         if not each.reason:
             listener.say(
@@ -200,10 +204,11 @@ def write(
     batch: int | None = 1,
     quantized: bool = True,
     any_size: bool = False,
+    portable: bool | None = None,
 ) -> None:
     """Write the model for `batch` images (None: any) of `size`; `quantized` off: its float weights.
 
-    `any_size`: for images of other sizes too.
+    `any_size`: for images of other sizes too. `portable`: exact without VNNI too; None: on this processor.
     """
     import onnx
 
@@ -212,17 +217,19 @@ def write(
 
     with nullcontext() if quantized or model.plan is None else _float_mode(model), _silent():
         graph = marked(exported(model.module, size, batch=batch, any_size=any_size))
-    text = metadata_of(model, None if any_size else size, quantized=quantized).to_json()
+    portable = sums_overflow() if portable is None else portable
+    told = metadata_of(model, None if any_size else size, quantized=quantized)
+    text = replace(told, portable=portable and told.quantized).to_json()
     if to == "onnx":
         from qdetr_cli.export.ort.prepare import prepared
 
-        file = prepared(with_pairs(graph))
+        file = prepared(with_pairs(graph), portable=portable)
         file.metadata_props.add(key=KEY, value=text)
         onnx.save(file, path)
     else:
         from qdetr_cli.export.openvino_graph import openvino_model
 
-        network = openvino_model(graph)
+        network = openvino_model(graph, portable=portable)
         network.set_rt_info(text, [KEY])
         _saved(network, path)
 

@@ -130,7 +130,13 @@ def _runnable(source: Source, threads: int | None, listener: Listener) -> Model:
         raise CheckpointError(
             f"{source.model}: {', '.join(source.original)} can only be set for an original .pth"
         )
-    return Model(detector=open_artefact(Path(source.model), threads).detector)
+    artefact = open_artefact(Path(source.model), threads)
+    if artefact.may_overflow:
+        listener.say(
+            f"WARNING: {source.model} is not portable, and this processor has no VNNI: sums of its products "
+            "may overflow, and boxes be wrong; write it again with `qdetr export --portable`"
+        )
+    return Model(detector=artefact.detector)
 
 
 def _device(source: Source, name: str) -> torch.device:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from exported_models import SIZE, WIDTH, Toy, calibrated, images, number_format, run_plain, toy
 from onnx import numpy_helper
+from processors_without_vnni import PORTABLE
 from tiny_detectors import tiny_config
 from torch import nn
 
@@ -276,7 +277,8 @@ def test_a_layer_may_not_move_so_many_where_its_bias_is_whole(tmp_path):
     assert not found.holds
 
 
-def test_codes_that_are_only_there_in_bands_are_judged_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("portable", PORTABLE)
+def test_codes_that_are_only_there_in_bands_are_judged_too(portable, tmp_path, monkeypatch):
     """As in large images: shortcut and sum of a residual block are made band by band, and never joined."""
     monkeypatch.setattr(bands, "_CACHE", 2_000)
     block = {"layer_type": "bottleneck", "embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 1]}
@@ -286,7 +288,8 @@ def test_codes_that_are_only_there_in_bands_are_judged_too(tmp_path, monkeypatch
     rewrite(model, make_plan(load_recipe("w8a8"), facts), facts)
     set_ranges(model, lambda: model(**shown(2)))
     path = tmp_path / "banded.onnx"
-    onnx.save(prepared(with_pairs(marked(exported(model, (64, 96), batch=1)))), path)
+    graph = with_pairs(marked(exported(model, (64, 96), batch=1)))
+    onnx.save(prepared(graph, portable=portable), path)
     banded = {key for key, each in OnnxProbe(path).found.items() if len(each.names) > 1}
     block_of = "model.backbone.model.encoder.stages.0.layers"
     assert {f"{block_of}.0.shortcut.output_quantizer", f"{block_of}.0.activation.output_quantizer"} <= banded

@@ -9,6 +9,7 @@ import torch
 from exported_models import SIZE, number_format, toy
 from family_models import SIZE as FAMILY_SIZE
 from family_models import Ready, ready
+from processors_without_vnni import PORTABLE, whole_sums
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,8 +32,8 @@ def images(count: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
-def compiled(model: nn.Module, size: tuple[int, int] = SIZE):
-    made = openvino_model(marked(exported(model, size)))
+def compiled(model: nn.Module, size: tuple[int, int] = SIZE, **options):
+    made = openvino_model(marked(exported(model, size)), **options)
     return made, openvino.compile_model(made, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
@@ -42,21 +43,37 @@ def outputs(file, pixels: Tensor) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "mid_rise"),
-    [*((bits, False) for bits in (2, 3, 4, 5, 6, 7, 8)), (2, True), (3, True), (7, True)],
+    ("bits", "mid_rise", "portable"),
+    [
+        *((bits, False, False) for bits in (2, 3, 4, 5, 6, 7)),
+        *((bits, True, False) for bits in (2, 3)),
+        *(pytest.param(*wide, False, marks=whole_sums) for wide in ((8, False), (7, True))),
+        (6, False, True),
+    ],
     ids=str,
 )
-def test_every_width_has_the_values_of_its_grid_on_integer_kernels(bits, mid_rise, tmp_path):
+def test_every_width_has_the_values_of_its_grid_on_integer_kernels(bits, mid_rise, portable, tmp_path):
     model = toy(bits, mid_rise=mid_rise)
-    made, file = compiled(model)
-    with torch.no_grad():
-        wanted = model(images(1))
-    got = outputs(file, images(1))
-    for name, value in got.items():
-        np.testing.assert_allclose(value, getattr(wanted, name), rtol=1e-4, atol=1e-4, err_msg=name)
+    made, file = compiled(model, portable=portable)
+    assert_values(model, file)
     found = profile(made, tmp_path)
     assert [found.count(kind) for kind in ("linear", "product")] == [(3, 3), (2, 2)]
     assert [each.name for each in found.floats()] == [GROUPED]
+
+
+@pytest.mark.parametrize(("bits", "mid_rise"), [(8, False), (7, True)], ids=str)
+def test_a_portable_file_has_what_could_overflow_in_float(bits, mid_rise, tmp_path):
+    model = toy(bits, mid_rise=mid_rise)
+    made, file = compiled(model, portable=True)
+    assert_values(model, file)
+    assert not [each for each in profile(made, tmp_path).operations if each.integer]
+
+
+def assert_values(model: nn.Module, file) -> None:
+    with torch.no_grad():
+        wanted = model(images(1))
+    for name, value in outputs(file, images(1)).items():
+        np.testing.assert_allclose(value, getattr(wanted, name), rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def profile(model, folder: Path) -> Kernels:
@@ -69,6 +86,7 @@ def detector() -> Ready:
     return ready("detr", "w8a8")
 
 
+@whole_sums  # without VNNI OpenVINO has no integer kernel for a product of heads without a mask
 def test_a_detector_runs_on_integer_kernels_but_for_what_its_plan_keeps_float(detector, tmp_path):
     found = profile(openvino_model(marked(exported(detector.model, FAMILY_SIZE))), tmp_path)
     kept = sum(module.is_float for module in detector.plan.modules if module.op in ("linear", "conv"))
@@ -106,7 +124,7 @@ class Pyramid(nn.Module):
         return SimpleNamespace(logits=x, pred_boxes=x.sigmoid())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=whole_sums)])
 def test_maps_are_joined_and_repeated_in_eight_bits(bits):
     torch.manual_seed(0)
     model = Pyramid(bits).eval()
@@ -123,9 +141,10 @@ def test_maps_are_joined_and_repeated_in_eight_bits(bits):
     assert kinds["Concatenation"] == kinds["Interpolate"] == ["u8"]
 
 
-def test_values_of_a_detector_at_another_image(detector):
+@pytest.mark.parametrize("portable", PORTABLE)
+def test_values_of_a_detector_at_another_image(detector, portable):
     pixels = images(1, FAMILY_SIZE)
-    _, file = compiled(detector.model, FAMILY_SIZE)
+    _, file = compiled(detector.model, FAMILY_SIZE, portable=portable)
     with torch.no_grad():
         wanted = detector.model.eval()(pixel_values=pixels)
     mask = np.ones((1, *FAMILY_SIZE), np.int64)

@@ -5,10 +5,12 @@ The reference is the plain graph node by node, in real numbers, without any opti
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
+from processors_without_vnni import PORTABLE
 from quantized_graphs import Drawing, kernels_of, run
 
 from qdetr_cli.export.ort import bands
@@ -17,6 +19,11 @@ from qdetr_cli.export.ort.profile import kernels
 
 FLOAT = {"Conv", "FusedConv", "ConvTranspose", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
 STEP = 0.05  # of the last quantizer of a drawing
+
+
+@pytest.fixture(params=PORTABLE)
+def prepare(request) -> Callable[..., onnx.ModelProto]:
+    return partial(prepared, portable=request.param)
 
 
 def chain(drawing: Drawing, zero: int = 0, bits: int = 8, **options) -> str:
@@ -109,11 +116,11 @@ CONVOLUTIONS: dict[str, tuple[Callable[[Drawing], str], list, dict[str, int]]] =
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_run_on_integers_with_the_same_values(name, tmp_path):
+def test_convolutions_run_on_integers_with_the_same_values(prepare, name, tmp_path):
     draw, shape, wanted = CONVOLUTIONS[name]
     drawing = Drawing(shape)
     plain = drawing.model(draw(drawing))
-    model = prepared(plain)
+    model = prepare(plain)
     onnx.checker.check_model(model, full_check=True)
     assert_near(model, plain, drawing.images())
     found = Counter(kernels_of(model, tmp_path))
@@ -124,27 +131,27 @@ def test_convolutions_run_on_integers_with_the_same_values(name, tmp_path):
 
 @pytest.mark.parametrize("zero", [0, 1], ids=lambda zero: f"zero {zero}")
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8], ids=lambda bits: f"{bits} bits")
-def test_a_grid_of_few_codes_stays_that_grid(bits, zero, tmp_path):
+def test_a_grid_of_few_codes_stays_that_grid(prepare, bits, zero, tmp_path):
     drawing = Drawing([2, 16, 12, 10])
     plain = drawing.model(chain(drawing, zero, bits, bias=False))
-    model = prepared(plain)
+    model = prepare(plain)
     assert_near(model, plain, drawing.images())
     assert not FLOAT & set(kernels_of(model, tmp_path))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6], ids=lambda bits: f"{bits} bits")
-def test_weights_of_few_bits_leave_room_for_the_bias(bits):
+def test_weights_of_few_bits_leave_room_for_the_bias(prepare, bits):
     drawing = Drawing([1, 16, 40, 40])
     plain = drawing.model(chain(drawing, 0, bits))
-    assert_near(prepared(plain), plain, drawing.images(), moved=0.003)
+    assert_near(prepare(plain), plain, drawing.images(), moved=0.003)
 
 
-def test_bands_of_large_images_change_nothing(monkeypatch, tmp_path):
+def test_bands_of_large_images_change_nothing(prepare, monkeypatch, tmp_path):
     drawing = Drawing([1, 16, 12, 8])
     plain, given = drawing.model(residual(drawing)), drawing.images()
-    whole = prepared(plain)
+    whole = prepare(plain)
     monkeypatch.setattr(bands, "_CACHE", 4 * 16 * 8 * 5)  # five rows of 16 channels
-    banded = prepared(plain)
+    banded = prepare(plain)
     assert np.array_equal(run(banded, given, optimized=True)[0], run(whole, given, optimized=True)[0])
     found = Counter(kernels_of(banded, tmp_path))
     assert found["Add"] == 3
@@ -155,12 +162,12 @@ def test_bands_of_large_images_change_nothing(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["tokens", "rows"])
-def test_linears_keep_their_real_bias(flat, tmp_path):
+def test_linears_keep_their_real_bias(prepare, flat, tmp_path):
     drawing = Drawing([6, 8] if flat else ["batch", 6, 8])
     x = drawing.linear(drawing.rounded("x", 0.02, 120), 8, 16)
     x = drawing.linear(drawing.rounded(drawing.node("Relu", x), 0.02), 16, 5)
     plain = drawing.model(x)
-    model = prepared(plain)
+    model = prepare(plain)
     assert_near(model, plain, drawing.images(3), rtol=1e-5)
     assert Counter(kernels_of(model, tmp_path))["MatMulIntegerToFloat"] == 2
 
@@ -185,10 +192,10 @@ def attention(drawing: Drawing, zeros: list[int], probs_zeros: list[int], bits: 
     [([128, 128], 8), ([120, 120], 8), ([100, 141], 8), ([6, 9], 4), ([1, 2], 2)],
     ids=["symmetric", "one zero point", "asymmetric", "4 bits", "2 bits"],
 )
-def test_products_of_heads_run_on_integers(zeros, bits, probs, batch, tmp_path):
+def test_products_of_heads_run_on_integers(prepare, zeros, bits, probs, batch, tmp_path):
     drawing = Drawing([batch, 2, 6, 8])
     plain = drawing.model(attention(drawing, zeros, [each % 2**bits for each in probs], bits))
-    model = prepared(plain)
+    model = prepare(plain)
     for images in (1, 1) if batch == 1 else (1, 3):
         assert_near(model, plain, drawing.images(images), moved=0.01, rtol=0.05)
     found = Counter(kernels_of(model, tmp_path))
@@ -196,17 +203,17 @@ def test_products_of_heads_run_on_integers(zeros, bits, probs, batch, tmp_path):
     assert not FLOAT & set(found)
 
 
-def test_batches_of_any_size(tmp_path):
+def test_batches_of_any_size(prepare, tmp_path):
     for draw, channels in ((residual, 16), (stem, 3), (pyramid, 16)):
         drawing = Drawing(["batch", channels, 16, 16])
         plain = drawing.model(draw(drawing))
-        model = prepared(plain)
+        model = prepare(plain)
         for count in (1, 3):
             assert_near(model, plain, drawing.images(count))
         assert not FLOAT & set(kernels_of(model, tmp_path))
 
 
-def test_the_profile_counts_what_runs_where(tmp_path):
+def test_the_profile_counts_what_runs_where(prepare, tmp_path):
     drawing = Drawing([1, 16, 8, 8])
     x = drawing.node("Relu", drawing.conv(drawing.rounded("x", 0.02, 128), (16, 8, 3, 3), group=2))
     x = drawing.node("Add", x, drawing.conv(drawing.rounded("x", 0.03, 128), (16, 16, 1, 1)))
@@ -216,7 +223,7 @@ def test_the_profile_counts_what_runs_where(tmp_path):
     turned = drawing.node("Transpose", heads, perm=[0, 1, 3, 2])
     q, k = (drawing.by_head(each, [0.02, 0.03], [128, 128]) for each in (heads, turned))
     scores = drawing.node("MatMul", q, k, name="node_scores")
-    model = prepared(drawing.model(drawing.linear(scores, 32, 3)))
+    model = prepare(drawing.model(drawing.linear(scores, 32, 3)))
     onnx.save(model, tmp_path / "model.onnx")
     found = kernels(tmp_path / "model.onnx")
     assert found.count("convolution") == (1, 2)  # a grouped one whose result is real
@@ -226,18 +233,36 @@ def test_the_profile_counts_what_runs_where(tmp_path):
 
 
 @pytest.mark.parametrize("kind", NEAREST)
-def test_nearest_neighbours_are_those_of_the_node(kind):
+def test_nearest_neighbours_are_those_of_the_node(prepare, kind):
     drawing = Drawing([1, 16, 6, 8])
     x = drawing.conv(drawing.rounded("x", 0.02, 128), (8, 16, 1, 1))
     factor = drawing.constant(np.array([1, 1, 3, 2], np.float32))
     plain = drawing.model(drawing.node("Resize", x, "", factor, mode="nearest", **NEAREST[kind]))
-    assert_near(prepared(plain), plain, drawing.images(), moved=0)
+    assert_near(prepare(plain), plain, drawing.images(), moved=0)
 
 
 def test_a_float_model_is_left_alone():
     drawing = Drawing([1, 4, 8, 8])
     plain = drawing.model(drawing.conv("x", (8, 4, 3, 3)))
-    assert prepared(plain) == plain
+    assert prepared(plain) == prepared(plain, portable=True) == plain
+
+
+def test_a_portable_file_has_no_int8_in_a_product():
+    """uint8 by uint8 is added in 32 bits by every processor; uint8 by int8 is not."""
+    drawing = Drawing([1, 16, 8, 8])
+    x = drawing.node("Reshape", quantized_sum(drawing), drawing.constant(np.array([1, 2, -1, 8])))
+    heads = drawing.by_head(x, [0.02, 0.03], [128, 128])
+    turned = drawing.by_head(drawing.node("Transpose", x, perm=[0, 1, 3, 2]), [0.02, 0.03], [128, 128])
+    scores = drawing.node("MatMul", heads, turned, name="node_scores")
+    plain = drawing.model(drawing.linear(drawing.rounded(scores, 0.02), 32, 3))
+    kinds = {portable: int8_values(prepared(plain, portable=portable)) for portable in (False, True)}
+    assert kinds[False]
+    assert not kinds[True]
+
+
+def int8_values(model: onnx.ModelProto) -> set[str]:
+    """The constants and the zero points of int8."""
+    return {each.name for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8}
 
 
 def assert_near(model, plain, given, moved: float = 0.002, rtol: float = 1e-4) -> None:

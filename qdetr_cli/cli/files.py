@@ -45,6 +45,14 @@ def export(
         ),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Images in one run: a number, or any.")] = "1",
+    portable: Annotated[
+        bool | None,
+        typer.Option(
+            "--portable/--no-portable",
+            help="Exact on x86 without VNNI too, where sums of 8-bit products overflow.",
+            show_default="the recipe's, or what this processor needs",
+        ),
+    ] = None,
     data: MaybeData = None,
     images: Images = None,
     split: Split = "val",
@@ -66,6 +74,7 @@ def export(
         out=out,
         size=size,
         batch=batch,
+        portable=portable,
         data=None if data is None else results.DataSource(data, images=images, split=split),
         threads=threads,
         plugins=plugins or (),

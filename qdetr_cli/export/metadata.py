@@ -20,6 +20,7 @@ class Metadata:
     recipe: dict[str, Any] | None  # None: a float model
     source: str  # the name of the folder that it was exported from
     versions: dict[str, str]
+    portable: bool = False  # whether no sum of products overflows on processors without VNNI
 
     @property
     def quantized(self) -> bool:
@@ -39,6 +40,7 @@ class Metadata:
             found = content.get("schema") if isinstance(content, Mapping) else None
             raise ValueError(f"schema {found!r}; this qdetr reads schema {SCHEMA}")
         wanted = {field.name for field in fields(cls)}
+        content = {"portable": False, **content}  # what was written before there were portable files
         if wanted != set(content):
             lacking, strange = sorted(wanted - set(content)), sorted(set(content) - wanted)
             raise ValueError(f"missing keys {lacking}, unknown keys {strange}")
@@ -57,6 +59,7 @@ _KINDS: dict[str, tuple[type, ...]] = {  # as JSON has them
     "recipe": (dict, type(None)),
     "source": (str,),
     "versions": (dict,),
+    "portable": (bool,),
 }
 
 

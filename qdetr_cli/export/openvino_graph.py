@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdetr_cli.export.onnx_graph import Marked
-from qdetr_cli.export.openvino_grids import Array, constant_numbers, number, numbers, rounded, stored
+from qdetr_cli.export.openvino_grids import Array, constant_numbers, is_wide, number, numbers, rounded, stored
 from qdetr_cli.export.openvino_nodes import Roundings, is_stand_in, name_of, put
 from qdetr_cli.export.openvino_placement import placed
 from qdetr_cli.export.openvino_products import integer_product
@@ -25,8 +25,11 @@ DOMAIN = "org.openvinotoolkit"  # of operators that OpenVINO's reader of ONNX kn
 NOT_DYNAMIC = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]
 
 
-def openvino_model(graph: Marked) -> Any:
-    """The openvino.Model of a graph whose quantizers are still nodes; the graph is used up."""
+def openvino_model(graph: Marked, *, portable: bool = False) -> Any:
+    """The openvino.Model of a graph whose quantizers are still nodes; the graph is used up.
+
+    `portable`: what processors without VNNI would add in 16 bits, and cut, stays float: see `instructions`.
+    """
     openvino = package("openvino", "--to openvino")
     roundings = dict(graph.program.roundings)
     _put_stand_ins(graph)
@@ -34,10 +37,10 @@ def openvino_model(graph: Marked) -> Any:
     keep_order_of_equals(model)
     _fold_constants(model, roundings)
     roundings = placed(model, roundings)
-    _round_products(model, roundings)
+    _round_products(model, roundings, portable)
     _round_activations(model, roundings)
     for parameter in _constants(model, roundings):
-        _store(parameter, roundings)
+        _store(parameter, roundings, portable)
         model.remove_parameter(parameter)
     model.validate_nodes_and_infer_types()
     model.set_rt_info("0", NOT_DYNAMIC)
@@ -163,14 +166,14 @@ def _past_views(output: Any, codes: Array, step: Array) -> Iterator[tuple[list[A
         yield direct, codes, step
 
 
-def _round_products(model: Any, roundings: Roundings) -> None:
+def _round_products(model: Any, roundings: Roundings, portable: bool) -> None:
     """Put an integer product in the place of each MatMul of two quantized activations."""
     for node in model.get_ordered_ops():
         if node.get_type_name() != "MatMul":
             continue
         keys = [name_of(node.input_value(side).get_node()) for side in (0, 1)]
         sides = [roundings[key] for key in keys if key in roundings and not _is_weight(key)]
-        if len(sides) == 2:
+        if len(sides) == 2 and not (portable and is_wide(sides[1])):
             put(integer_product(node, *sides), node.output(0).get_target_inputs())
 
 
@@ -184,10 +187,12 @@ def _round_activations(model: Any, roundings: Roundings) -> None:
             put(made, node.output(0).get_target_inputs())
 
 
-def _store(parameter: Any, roundings: Roundings) -> None:
+def _store(parameter: Any, roundings: Roundings, portable: bool) -> None:
     """Put integers and their steps in the place of the stand-in of a weight."""
+    real = portable and is_wide(roundings[name_of(parameter)])
     for targets, codes, step in _ends(parameter, roundings):
-        put(stored(codes, _compact(step), name_of(parameter)), targets)
+        kept = number(codes * step) if real else stored(codes, _compact(step), name_of(parameter))
+        put(kept, targets)
 
 
 def _compact(step: Array) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdetr_cli.export.program import Rounding
+from qdetr_cli.instructions import NARROWEST
 
 Array = NDArray[np.float32]
 
@@ -55,6 +56,12 @@ def numbers(rounding: Rounding, rank: int) -> Numbers:
     step = grid.step.numpy().reshape(shape).astype(np.float32)
     zero = np.zeros_like(step) if grid.zero is None else grid.zero.numpy().reshape(shape).astype(np.float32)
     return Numbers(step=step, low=grid.qmin - zero, high=grid.qmax - zero)
+
+
+def is_wide(rounding: Rounding) -> bool:
+    """Whether two products of its numbers and uint8 may be beyond 16 bits."""
+    grid = numbers(rounding, rank=8)
+    return bool(max(-grid.low.min(), grid.high.max()) > 2 ** (NARROWEST - 1))
 
 
 def constant_numbers(rounding: Rounding) -> tuple[Array, Array]:

@@ -27,6 +27,7 @@ from qdetr_cli.export.probes import Arrays
 from qdetr_cli.export.program import OUTPUTS
 from qdetr_cli.export.rounding import ENOUGH, decibels, has_whole_biases, least, rounding_noise, sqnr
 from qdetr_cli.export.ties import LowerIndexFirst
+from qdetr_cli.instructions import sums_overflow
 
 KEPT = 0.95  # part of the queries that count: near ties choose other queries
 
@@ -179,3 +180,8 @@ def _explained(parity: Parity) -> Iterator[str]:
     if parity.first_wrong is not None:
         yield f"first layer that deviates: {parity.first_wrong}"
     yield from (f"  {each}" for each in parity.layers)
+    if sums_overflow():
+        yield (
+            "this processor has no VNNI: a file that is not portable adds products of 8 bits in 16, and "
+            "cuts what does not fit; write it with --portable, or on a processor with VNNI"
+        )

@@ -273,10 +273,14 @@ class Distill(Section):
 
 
 class Export(Section):
-    """Where the integer model goes. `size` is (H, W)."""
+    """Where the integer model goes. `size` is (H, W).
+
+    `portable` is for processors that add products of 8 bits in 16; None: for the one that exports.
+    """
 
     to: Literal["onnx", "openvino"] = "onnx"
     size: Pair | None = None
+    portable: bool | None = None
 
 
 FIGURE_2_11: dict[str, tuple[str, ...]] = {

@@ -8,17 +8,24 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Shape = tuple[int, ...]
 KIND = "qdetr.kind"  # metadata of a node: what it stands for, where its operator does not say it
 Dims = Sequence[Any] | ir.Shape  # of ints, and of symbols where a dimension is free
+SIGNED, UNSIGNED = np.dtype(np.int8), np.dtype(np.uint8)
+MIDDLE = 128  # the code of 0 of unsigned weights
 LAST = (0, 2, 3, 1)  # from channels first to channels last
 FIRST = (0, 3, 1, 2)
 
 
 class Editor:
-    """Makes nodes and constants of one graph; equal constants are stored once."""
+    """Makes nodes and constants of one graph; equal constants are stored once.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    `weights` is the type of the second operand of products, int8 or uint8: see `prepare`.
+    """
+
+    def __init__(self, graph: ir.Graph, weights: np.dtype[Any] = SIGNED) -> None:
         self.graph = graph
+        self.weights = weights
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def constant(self, array: Array, name: str) -> ir.Value:
@@ -41,6 +48,20 @@ class Editor:
         )
         self.graph.register_initializer(value)
         return value
+
+    def kernel(self, codes: Array, zeros: Shape, name: str) -> tuple[ir.Value, Array]:
+        """Weights from their codes, int8, as products read them, and as many zero points."""
+        shift = MIDDLE if self.weights == UNSIGNED else 0
+        moved = (codes.astype(np.int16) + shift).astype(self.weights)
+        return self.constant(moved, name), np.full(zeros, shift, self.weights)
+
+    def operand(self, codes: ir.Value, zero: Array, name: str) -> tuple[ir.Value, Array]:
+        """Codes and zero points as products take them beside the weights: those of constants may be int8."""
+        known = array_of(codes)
+        if self.weights == SIGNED or zero.dtype != SIGNED or known is None:
+            return codes, zero
+        moved, points = (each.astype(np.int16) + MIDDLE for each in (known, zero))
+        return self.constant(moved.astype(np.uint8), name), points.astype(np.uint8)
 
     def numbers(self, *values: int) -> ir.Value:
         """A constant int64 vector, such as a shape."""

@@ -1,8 +1,9 @@
 """Products of two activations, as in attention, in the form that ONNX Runtime runs on integers.
 
-They are uint8 by int8, as `scaled` has it, with a step for each column of each head, into which the scale
-of the attention goes. Where sizes are free, codes are dequantized with step 1, multiplied, and scaled after.
-(DequantizeLinear with a step per head before a MatMul becomes a kernel that fails when it runs.)
+They are uint8 by int8 (by uint8 in portable files), as `scaled` has it, with a step for each column of each
+head, into which the scale of the attention goes. Where sizes are free, codes are dequantized with step 1,
+multiplied, and scaled after. (DequantizeLinear with a step per head before a MatMul becomes a kernel that
+fails when it runs.)
 
 One zero point for all heads goes into that kernel. Zero points that differ are moved to one, where the codes
 still fit; else (a + da)(b + db) = ab + da colsum(b + db) + db rowsum(a), with a and b what the kernel sees,
@@ -10,11 +11,13 @@ and the last term left out before a softmax, which it cannot change.
 """
 
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 
 import numpy as np
 import onnx_ir as ir
 
 from qdetr_cli.export.ort.editor import (
+    MIDDLE,
     Array,
     Editor,
     array_of,
@@ -28,7 +31,6 @@ from qdetr_cli.export.ort.editor import (
 from qdetr_cli.export.ort.pairs import Operand, Rounding, dequantized, operand, rounding_of
 from qdetr_cli.export.ort.scaled import scaled_product
 
-_MIDDLE = 128
 _ONE = np.ones((), np.float32)
 
 
@@ -61,7 +63,7 @@ def _by_batch(side: Operand) -> bool:
 
 def _place(editor: Editor, node: ir.Node, a: Operand, b: Operand) -> None:
     left = _side(editor, node, a, np.dtype(np.uint8), "a")
-    right = _side(editor, node, b, np.dtype(np.int8), "b")
+    right = _side(editor, node, b, editor.weights, "b")
     end, scale = _scaled(node.outputs[0])
     steps = (left.step * right.step * scale).astype(np.float32)
     y, rest = _multiplied(editor, node, left, right, steps)
@@ -124,10 +126,13 @@ def _side(editor: Editor, node: ir.Node, side: Operand, kind: np.dtype[np.generi
     rounding = None if made is None else rounding_of(made) or _before(made)
     name = f"{node.name}.{place}"
     if rounding is None:
+        codes, zeros = editor.operand(side.codes, side.zero, f"{name}.codes")
+        side = replaced(side, codes=codes, zero=zeros)
+        zero = zeros.astype(np.int32)
         point = _common(zero, side.zero.dtype)
         missing = (point.astype(np.int32) - zero).reshape(heads).astype(np.float32)
         return Side(codes=side.codes, point=point, missing=missing, step=step, operand=side)
-    shift = _MIDDLE if kind == np.int8 and side.zero.dtype == np.uint8 else 0
+    shift = MIDDLE if kind == np.int8 and side.zero.dtype == np.uint8 else 0
     ends = np.array([rounding.grid.low, rounding.grid.high]) - shift
     zero = zero - shift
     point = _common(zero, kind)
@@ -186,7 +191,7 @@ def _common(zero: Array, kind: np.dtype[np.generic]) -> Array:
     """The zero point that all heads share, else the middle of the codes, ()."""
     if (zero == zero.reshape(-1)[0]).all():
         return np.array(zero.reshape(-1)[0], kind)
-    return np.array(_MIDDLE if kind == np.uint8 else 0, kind)
+    return np.array(MIDDLE if kind == np.uint8 else 0, kind)
 
 
 def _along(values: Array, axis: int | None, rank: int) -> Array:

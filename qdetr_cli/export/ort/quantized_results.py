@@ -190,9 +190,9 @@ class _Result:
     def _constants(self, name: str, codes: Array, *, axis: int) -> list[ir.Value]:
         """Weights and bias as they are read; `axis` is that of the output channels in `codes`."""
         kernel, channels = self.kernel, len(self.kernel.step)
-        weight = self.editor.constant(codes, f"{name}.weight")
+        weight, zeros = self.editor.kernel(codes, (channels,), f"{name}.weight")
         bias = self.editor.own(kernel.bias, f"{name}.bias")  # else results with two grids would be one
-        zeros, wide = np.zeros(channels, np.int8), np.zeros(channels, np.int32)
+        wide = np.zeros(channels, np.int32)
         editor, conv = self.editor, self.conv
         return [
             dequantized(editor, weight, kernel.step, zeros, axis, before=conv, name=f"{name}.weight"),

@@ -29,14 +29,14 @@ def real_product(
     name: str,
     kind: str | None = None,
 ) -> ir.Value:
-    """x (.., D_in), with one step, times weight (D_in, D_out) int8 with steps (D_out,), plus the bias."""
+    """x (.., D_in), with one step, times weight (D_in, D_out) with steps (D_out,), plus the bias."""
     assert x.axis is None
     shape = [] if x.codes.shape is None else [*x.codes.shape[:-1], weight.shape[1]]
-    operands = [
-        x.codes,
-        editor.constant(weight, f"{name}.weight"),
-        editor.constant(x.zero.reshape(()), f"{name}.input.zero_point"),
-    ]
+    given, point = editor.operand(x.codes, x.zero, f"{name}.input.codes")
+    codes, zero = editor.kernel(weight, (), f"{name}.weight")
+    operands = [given, codes, editor.constant(point.reshape(()), f"{name}.input.zero_point")]
+    if zero:
+        operands.append(editor.constant(zero, f"{name}.weight.zero_point"))
     steps = x.step.reshape(()) * step
     y = scaled_product(editor, operands, steps, shape or None, before=before, name=name, kind=kind)
     if bias is None:
