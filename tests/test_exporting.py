@@ -17,6 +17,7 @@ from qdetr_cli import comparison, delivery, exporting
 from qdetr_cli.artefact import open_artefact
 from qdetr_cli.errors import ExportError
 from qdetr_cli.export.metadata import Metadata
+from qdetr_cli.instructions import sums_overflow
 from qdetr_cli.models import Model, Source, open_model
 from qdetr_cli.processors import Processor
 from qdetr_cli.recipe import Export
@@ -80,7 +81,8 @@ def test_export_tells_sizes_parity_kernels_and_ap(world, to):
     assert found["quantized"]
     assert found["parity"]["holds"]
     for kind in ("convolution", "linear", "product"):
-        assert found["kernels"][kind]["integer"] > 0
+        if (to, kind) != ("openvino", "product") or not sums_overflow():  # there they would overflow
+            assert found["kernels"][kind]["integer"] > 0
         assert found["kernels"][kind]["all"] - found["kernels"][kind]["integer"] == sum(
             each["kind"] == kind for each in found["kernels"]["float"]
         )

@@ -12,7 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qdetr_cli.export.onnx_graph import Marked
-from qdetr_cli.export.openvino_grids import Array, constant_numbers, is_wide, number, numbers, rounded, stored
+from qdetr_cli.export.openvino_grids import (
+    Array,
+    constant_numbers,
+    is_wide,
+    number,
+    numbers,
+    rounded,
+    stored,
+)
 from qdetr_cli.export.openvino_nodes import Roundings, is_stand_in, name_of, put
 from qdetr_cli.export.openvino_placement import placed
 from qdetr_cli.export.openvino_products import integer_product
@@ -173,8 +181,9 @@ def _round_products(model: Any, roundings: Roundings, portable: bool) -> None:
             continue
         keys = [name_of(node.input_value(side).get_node()) for side in (0, 1)]
         sides = [roundings[key] for key in keys if key in roundings and not _is_weight(key)]
-        if len(sides) == 2 and not (portable and is_wide(sides[1])):
-            put(integer_product(node, *sides), node.output(0).get_target_inputs())
+        if len(sides) == 2:
+            made = integer_product(node, *sides, real=portable and is_wide(sides[1]))
+            put(made, node.output(0).get_target_inputs())
 
 
 def _round_activations(model: Any, roundings: Roundings) -> None:
@@ -189,9 +198,9 @@ def _round_activations(model: Any, roundings: Roundings) -> None:
 
 def _store(parameter: Any, roundings: Roundings, portable: bool) -> None:
     """Put integers and their steps in the place of the stand-in of a weight."""
-    real = portable and is_wide(roundings[name_of(parameter)])
+    is_real = portable and is_wide(roundings[name_of(parameter)])
     for targets, codes, step in _ends(parameter, roundings):
-        kept = number(codes * step) if real else stored(codes, _compact(step), name_of(parameter))
+        kept = number(codes * step) if is_real else stored(codes, _compact(step), name_of(parameter))
         put(kept, targets)
 
 

@@ -111,6 +111,13 @@ def whole(x: Any, grid: Numbers, shift: Array) -> Any:
     return op.fake_quantize(y, *inputs, *inputs, LEVELS)
 
 
+def hidden(x: Any) -> Any:
+    """Whole numbers up to 255 as they are, past which the compiler does not look for integers."""
+    from openvino import opset13 as op
+
+    return op.minimum(x, number(float(LEVELS)))
+
+
 def _bound(ends: Array) -> Any:
     """The ends of a grid, as one number if all are alike: only then does the compiler fuse an attention."""
     return number(ends if (ends != ends.flat[0]).any() else ends.flat[0])

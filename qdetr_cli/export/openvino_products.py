@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from qdetr_cli.export.openvino_grids import Array, Numbers, constant_numbers, integers, number, numbers, whole
+from qdetr_cli.export.openvino_grids import (
+    Array,
+    Numbers,
+    constant_numbers,
+    hidden,
+    integers,
+    number,
+    numbers,
+    whole,
+)
 from qdetr_cli.export.program import Rounding
 
 
@@ -27,8 +36,11 @@ class Operand:
     step: Array
 
 
-def integer_product(product: Any, first: Rounding, second: Rounding) -> Any:
-    """The node that stands for a MatMul whose two inputs are stand-ins of quantizers."""
+def integer_product(product: Any, first: Rounding, second: Rounding, *, real: bool = False) -> Any:
+    """The node that stands for a MatMul whose two inputs are stand-ins of quantizers.
+
+    `real`: the whole numbers are multiplied as floats, whose sums are whole too.
+    """
     from openvino import opset13 as op
 
     left = _operand(product.input_value(0).get_node(), first)
@@ -36,7 +48,7 @@ def integer_product(product: Any, first: Rounding, second: Rounding) -> Any:
     flags = product.get_attributes()
     assert not flags["transpose_a"]
     assert not flags["transpose_b"]
-    result = op.matmul(left.codes, right.codes, False, False)
+    result = op.matmul(left.codes, hidden(right.codes) if real else right.codes, False, False)
     length = left.codes.get_output_shape(0)[-1] if left.shift.any() and right.shift.any() else 0
     for own, other, axis in ((left, right, -1), (right, left, -2)):
         if other.shift.any():
