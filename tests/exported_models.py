@@ -61,8 +61,8 @@ class Toy(nn.Module):
         return SimpleNamespace(logits=self.classes(x), pred_boxes=self.boxes(x).sigmoid())
 
 
-def images(count: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
+def images(count: int = 2, seed: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return {
         "pixel_values": torch.randn(count, 3, *SIZE, generator=generator),
         "pixel_mask": torch.ones(count, *SIZE, dtype=torch.int64),

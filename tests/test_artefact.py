@@ -9,6 +9,7 @@ from exported_files import PADDED, SQUASHED, metadata, write_file
 from PIL import Image
 from torch import nn
 
+from qdetr_cli import artefact
 from qdetr_cli.artefact import Canvas, FileRunner, Shrinking, for_inputs, open_artefact
 from qdetr_cli.data import prepare_image
 from qdetr_cli.errors import ExportError, PluginError
@@ -188,6 +189,25 @@ def test_a_family_of_a_plugin_is_named(tmp_path):
     assert open_artefact(path).detector.family.name == "detr"
     with pytest.raises(PluginError, match="is of the family mine, which a plugin brings"):
         open_artefact(mine)
+
+
+@pytest.mark.parametrize(
+    ("portable", "recipe", "overflow"),
+    [(False, {"schema": 1}, True), (True, {"schema": 1}, False), (False, None, False)],
+    ids=["int8", "portable", "float"],
+)
+def test_an_integer_file_that_is_not_portable_may_overflow(tmp_path, monkeypatch, portable, recipe, overflow):
+    path = write_file(tmp_path / "m.onnx", told=metadata(portable=portable, recipe=recipe))
+    monkeypatch.setattr(artefact, "sums_overflow", lambda: True)
+    assert open_artefact(path).may_overflow == overflow
+    monkeypatch.setattr(artefact, "sums_overflow", lambda: False)
+    assert not open_artefact(path).may_overflow
+
+
+def test_metadata_of_files_from_before_there_were_portable_ones():
+    content = json.loads(metadata().to_json())
+    del content["portable"]
+    assert type(metadata()).from_json(json.dumps(content)) == metadata(portable=False)
 
 
 def test_metadata_is_complete_json_on_one_line():

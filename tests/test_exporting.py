@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_files import metadata, write_onnx
 from tiny_runs import SETS, Told, as_json, ok, refused, write_model
 
 from qdetr_cli import comparison, delivery, exporting
@@ -99,6 +100,7 @@ def test_the_file_says_what_it_is(world, to):
     assert told.class_names == model.detector.class_names
     assert told.processor == model.detector.processor.to_config()
     assert told.recipe == model.recipe.to_dict()
+    assert told.portable == sums_overflow()  # as this processor needs it
     assert (told.family, told.source) == ("detr", "quantized")
     assert str(world.root) not in json.dumps(told.processor) + told.source
 
@@ -157,10 +159,12 @@ def test_a_float_model_is_exported_as_float(world, tmp_path):
 )
 def test_what_no_flag_says_the_recipe_says(world, tmp_path, monkeypatch, to, name):
     model = open_model(Source(str(world.quantized)), lambda text: None)
-    recipe = model.recipe.model_copy(update={"export": Export(to=to, size=(96, 64))})
+    said = Export(to=to, size=(96, 64), portable=True)
+    recipe = model.recipe.model_copy(update={"export": said})
     monkeypatch.setattr(delivery, "open_model", lambda source, say: replace(model, recipe=recipe))
     found = as_json("export", world.quantized, "-o", tmp_path / name)
     assert (found["to"], found["size"]) == (to, [96, 64])
+    assert Metadata.from_json(open_session(tmp_path / name, threads=1).metadata).portable
 
 
 def test_packed_is_a_folder_of_integers(world, opened, tmp_path):
@@ -172,6 +176,14 @@ def test_packed_is_a_folder_of_integers(world, opened, tmp_path):
 
 
 # --- files where models were taken ---
+
+
+@pytest.mark.parametrize("overflow", [False, True], ids=["VNNI", "no VNNI"])
+def test_a_file_that_may_overflow_here_is_told(world, tmp_path, monkeypatch, overflow):
+    monkeypatch.setattr("qdetr_cli.artefact.sums_overflow", lambda: overflow)
+    path = write_onnx(tmp_path / "m.onnx", told=metadata())
+    told = " ".join(ok("eval", path, "-d", world.data, "--workers", 0).stdout.split())
+    assert ("this processor has no VNNI: sums of its products may overflow" in told) == overflow
 
 
 @RUNTIMES
@@ -231,9 +243,10 @@ def test_commands_that_need_a_model_refuse_a_file(world, command, tmp_path):
         (("--to", "onnx", "-o", "m.onnx", "--size", "20x20"), "is not HxW with at least 32 pixels"),
         (("--to", "onnx", "-o", "m.onnx", "--batch", "0"), "--batch 0: is not a number of images, nor any"),
         (("--to", "packed", "-o", "m", "--size", "64x64"), "--size would have no effect"),
+        (("--to", "packed", "-o", "m", "--portable"), "--portable would have no effect"),
         (("--to", "onnx", "-o", "file/m.onnx"), "is a file, so"),
     ],
-    ids=["target", "suffix", "other suffix", "size", "batch", "no effect", "no folder"],
+    ids=["target", "suffix", "other suffix", "size", "batch", "no effect", "packed is portable", "no folder"],
 )
 def test_mistakes_are_found_before_anything_slow(world, tmp_path, monkeypatch, options, fault):
     monkeypatch.setattr(delivery, "open_model", lambda *rest: pytest.fail("the model was opened"))
