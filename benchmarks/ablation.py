@@ -5,9 +5,10 @@
     python -m benchmarks.ablation runs/voc --model MODEL --data VOC --rows baseline best --bits 4-4-8
     python -m benchmarks.ablation runs/ablation --ladder              (figure 2.11: fine-tuned at each rung)
 
-Rows and columns are in benchmarks/ablation.yaml. Each run is one `qdetr finetune`; the averaged weights of
-its last step are measured, never the best evaluation. Finished runs are in the results and are not run again,
-an interrupted one is resumed, and the same command started twice shares the queue.
+Rows and columns are in benchmarks/ablation.yaml. Each run is one `qdetr finetune` (the row `calibrated` one
+`qdetr quantize`); the averaged weights of its last step are measured, never the best evaluation. Finished
+runs are in the results and are not run again, an interrupted one is resumed, and the same command started
+twice shares the queue.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks.ledger import Ledger, commit
 from qdetr_cli import pipeline, report, running
 from qdetr_cli.demo import SETTINGS, embedded
 from qdetr_cli.errors import RunError
+from qdetr_cli.metrics import Metrics
 from qdetr_cli.models import Source
 from qdetr_cli.recipe import load_recipe
 from qdetr_cli.results import DataSource
@@ -34,6 +36,7 @@ from qdetr_cli.scene_files import write_scenes
 
 HERE = Path(__file__).parent
 MENU, RESULTS = HERE / "ablation.yaml", HERE / "results"
+CALIBRATED = "calibrated"  # the row that trains nothing
 COLUMNS = ("model", "bits", "row", "seed", "ap50_voc_area_float", "ap50_voc_area")
 MORE = ("ap_float", "ap", "steps", "seconds", "commit", "settings")
 TRAIN_IMAGES, VAL_IMAGES = 24_000, 2_000
@@ -149,19 +152,39 @@ def _run(
         own = [f"train.seed={cell.seed}", f"calibrate.seed={cell.seed}"]
         settings = [*SCHEDULE, *arguments.overrides, *own]
         page, out = report.Page(json=True), folder / "run"
-        fit = pipeline.finetune(
-            source,
-            recipe=str(file),
-            data=data,
-            out=out,
-            overrides=settings,
-            resume=(out / "run.json").exists(),
-            listener=page,
-        ).fit
+        measure = _calibrated if cell.row == CALIBRATED else _fine_tuned
+        found, steps, seconds = measure(source, str(file), data, out, settings, page)
         before = _float_metrics(source, cell.model, data, arguments.runs, page)
-        line = [*cell.key, *before[:1], fit.last.ap50_voc_area, before[1], fit.last.ap, fit.steps]
-        results.add([*line, round(fit.seconds), commit(), " ".join(arguments.overrides)])
+        line = [*cell.key, *before[:1], found.ap50_voc_area, before[1], found.ap, steps]
+        results.add([*line, round(seconds), commit(), " ".join(arguments.overrides)])
         print(*(f"{each:.4f}" if isinstance(each, float) else each for each in line), flush=True)
+
+
+def _fine_tuned(
+    source: Source, recipe: str, data: DataSource, out: Path, settings: list[str], page: report.Page
+) -> tuple[Metrics, int, float]:
+    """The metrics of the averaged weights of the last step, the steps, and their seconds."""
+    fit = pipeline.finetune(
+        source,
+        recipe=recipe,
+        data=data,
+        out=out,
+        overrides=settings,
+        resume=(out / "run.json").exists(),
+        listener=page,
+    ).fit
+    return fit.last, fit.steps, fit.seconds
+
+
+def _calibrated(
+    source: Source, recipe: str, data: DataSource, out: Path, settings: list[str], page: report.Page
+) -> tuple[Metrics, int, float]:
+    """The same of a model that is calibrated and not trained."""
+    if not out.exists():
+        pipeline.quantize(
+            source, recipe=recipe, data=data, out=out, overrides=settings, measured=False, listener=page
+        )
+    return running.evaluate(Source(str(out)), data=data, listener=page).metrics, 0, 0.0
 
 
 def _float_metrics(
