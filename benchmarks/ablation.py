@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.ablation_table import write_table
+from benchmarks.ablation_table import CALIBRATED, write_table
 from benchmarks.ledger import Ledger, commit
 from qdetr_cli import pipeline, report, running
 from qdetr_cli.demo import SETTINGS, embedded
@@ -36,7 +36,6 @@ from qdetr_cli.scene_files import write_scenes
 
 HERE = Path(__file__).parent
 MENU, RESULTS = HERE / "ablation.yaml", HERE / "results"
-CALIBRATED = "calibrated"  # the row that trains nothing
 COLUMNS = ("model", "bits", "row", "seed", "ap50_voc_area_float", "ap50_voc_area")
 MORE = ("ap_float", "ap", "steps", "seconds", "commit", "settings")
 TRAIN_IMAGES, VAL_IMAGES = 24_000, 2_000

@@ -19,6 +19,7 @@ from matplotlib import pyplot
 
 Gaps = dict[tuple[str, str, str], list[float]]  # (model, bits, row) -> gap of each seed
 BASELINE = "baseline"
+CALIBRATED = "calibrated"  # the row that trains nothing, and so recovers nothing
 TELLING = 0.5  # points: of a smaller gap of the baseline no part is told
 
 
@@ -48,9 +49,8 @@ def _table(model: str, gaps: Gaps) -> str:
     lines[0] += "in brackets the part of the baseline's gap that is recovered."
     lines += [f"| | {' | '.join(bits)} |", "|---" * (len(bits) + 1) + "|"]
     for row in rows:
-        cells = [
-            _cell(gaps.get((model, each, row), []), gaps.get((model, each, BASELINE), [])) for each in bits
-        ]
+        base = "" if row == CALIBRATED else BASELINE
+        cells = [_cell(gaps.get((model, each, row), []), gaps.get((model, each, base), [])) for each in bits]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
