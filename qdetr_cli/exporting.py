@@ -67,7 +67,7 @@ def exported_file(
     """
     target = TARGETS[to]
     at = "for any size" if any_size else f"at {size[0]}x{size[1]}"
-    portable = sums_overflow() if portable is None else portable
+    portable = model.plan is not None and (sums_overflow() if portable is None else portable)
     form = ", so that no sum overflows without VNNI (--portable)" if portable else ""
     listener.say(f"exporting {at}{form}, and comparing the file with the model")
     with draft_files(out, target.companions) as draft:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NARROWEST = 7  # bits of weights, of which 16 bits always hold two products with uint8
+SAFE_BITS = 7  # bits of weights, of which 16 bits always hold two products with uint8
 _INTEGER = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 _WHOLE = {"avx512_vnni", "avx_vnni", "amx_int8"}  # of x86: products of bytes are added in 32 bits
 
@@ -17,7 +17,8 @@ def instructions() -> tuple[str, ...]:
 def sums_overflow() -> bool:
     """Whether runtimes add two products of uint8 and int8 in 16 bits, and cut what does not fit.
 
-    So do x86 processors without VNNI (AMD before Zen 4, Intel before Ice Lake): 2 * 255 * 127 > 32767.
+    So do x86 processors without VNNI (AMD before Zen 4, Intel before Ice Lake and Cascade Lake), and
+    2 * 255 * 127 > 32767.
     False where the processor cannot be known.
     """
     found = set(instructions())

@@ -150,6 +150,7 @@ def test_a_float_model_is_exported_as_float(world, tmp_path):
     assert artefact.session.inputs.batch is None
     assert "file against model on 16 images" in text
     assert "in ONNX Runtime" in text
+    assert "portable" not in text  # nothing of a float model overflows
     assert "in float, a float model: " in text
     assert f"{path}: written" in text
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qdetr_cli.export.kernels import Kernels, Operation
-from qdetr_cli.instructions import NARROWEST
+from qdetr_cli.instructions import SAFE_BITS
 from qdetr_cli.plan import ModulePlan, Plan
 from qdetr_cli.recipe import QuantFormat, Slot
 
@@ -61,4 +61,4 @@ def _reason(operation: Operation, modules: dict[str, ModulePlan], narrow: bool) 
 
 def _is_wide(format: QuantFormat | None) -> bool:
     """Whether the whole numbers of a format may be beyond -64..64."""
-    return format is not None and format.bits + (format.mid_rise or not format.symmetric) > NARROWEST
+    return format is not None and format.bits + (format.mid_rise or not format.symmetric) > SAFE_BITS

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdetr_cli.export.program import Rounding
-from qdetr_cli.instructions import NARROWEST
+from qdetr_cli.instructions import SAFE_BITS
 
 Array = NDArray[np.float32]
 
@@ -61,7 +61,7 @@ def numbers(rounding: Rounding, rank: int) -> Numbers:
 def is_wide(rounding: Rounding) -> bool:
     """Whether two products of its numbers and uint8 may be beyond 16 bits."""
     grid = numbers(rounding, rank=8)
-    return bool(max(-grid.low.min(), grid.high.max()) > 2 ** (NARROWEST - 1))
+    return bool(max(-grid.low.min(), grid.high.max()) > 2 ** (SAFE_BITS - 1))
 
 
 def constant_numbers(rounding: Rounding) -> tuple[Array, Array]:
