@@ -14,6 +14,7 @@ from qdetr_cli.candidates import (
     opened,
     reference_of,
 )
+from qdetr_cli.errors import ExportError
 from qdetr_cli.exporting import (
     Target,
     check_space,
@@ -62,6 +63,8 @@ def export(
         refuse_settings(to, used | {"--batch": batch != "1"})
     evaluation = None if data is None else open_split(data, data.split, listener)
     model = model or open_model(source, listener.say)
+    if model.plan is None and portable is not None:
+        raise ExportError("--portable would have no effect on a float model; leave it out")
     check_space(out, model)
     if not target.suffix:
         return packed_folder(model, out, began)

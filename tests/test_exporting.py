@@ -168,6 +168,12 @@ def test_what_no_flag_says_the_recipe_says(world, tmp_path, monkeypatch, to, nam
     assert Metadata.from_json(open_session(tmp_path / name, threads=1).metadata).portable
 
 
+@pytest.mark.parametrize("flag", ["--portable", "--no-portable"])
+def test_a_float_model_is_neither_portable_nor_not(world, tmp_path, flag):
+    fault = refused("export", world.model, "--to", "onnx", "-o", tmp_path / "m.onnx", flag)
+    assert "--portable would have no effect on a float model" in fault
+
+
 def test_packed_is_a_folder_of_integers(world, opened, tmp_path):
     found = as_json("export", world.quantized, "--to", "packed", "-o", tmp_path / "packed")
     assert {Path(path).name for path in found["files"]} == {"qdetr.json", "model.safetensors"}
