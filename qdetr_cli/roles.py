@@ -6,6 +6,8 @@ HEAD = r"^(?:model\.)?(?:decoder\.)?"
 BOX_HEAD = HEAD + r"(?:bbox_predictor|enc_bbox_head|pre_bbox_head|(?:enc_out_)?bbox_embed(?:\.\d+)?)"
 ENCODER_LAYER = r"^model\.encoder\.(?:aifi\.\d+\.)?layers\.\d+\."
 DECODER_LAYER = r"^model\.decoder\.layers\.\d+\."
+CROSS_ATTENTION = DECODER_LAYER + r"(?:encoder_attn|cross_attn)"
+POSITION = "decoder.cross_attention.position"  # where coordinates have projections of their own
 BACKBONE = r"^model\.(?:backbone|conv_encoder)\.(?:conv_encoder\.)?"
 PROJECTOR = (
     r"^model\.backbone\.projector\.(?:scale_layers\.\d+\.)?"  # of ViT features, in place of an encoder
@@ -40,7 +42,8 @@ ROLES: Roles = (
     ),
     (r"^model\.encoder(?:\.|$)", "encoder"),
     (DECODER_LAYER + r"self_attn(?:\.|$)", "decoder.self_attention"),
-    (DECODER_LAYER + r"(?:encoder_attn|cross_attn)(?:\.|$)", "decoder.cross_attention"),
+    (CROSS_ATTENTION + r"\.(?:cross_attn_)?(?:q|k|query|key)_pos(?:_sine)?_proj$", POSITION),
+    (CROSS_ATTENTION + r"(?:\.|$)", "decoder.cross_attention"),
     (DECODER_LAYER + r"(?:mlp|fc1|fc2)(?:\.|$)", "decoder.ffn"),
     (r"^model\.decoder\.(?:query_scale|query_pos_head|ref_point_head|ref_anchor_head)(?:\.|$)", "query"),
     (r"^model\.(?:query_(?:position|refpoint)_embeddings|reference_points|denoising_class_embed)$", "query"),

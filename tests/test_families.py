@@ -52,6 +52,17 @@ def test_every_family_has_the_roles_of_a_detector(detector):
     assert wanted - found == set()
 
 
+def test_positions_of_cross_attention_have_a_role_where_they_have_layers(detector):
+    """q_pos_sine and k_pos of every decoder layer and q_pos of the first, in the two families that have them."""
+    found = [
+        path
+        for path in layers(detector)
+        if role_of(detector.family, path) == "decoder.cross_attention.position"
+    ]
+    apart = detector.family.name in ("conditional_detr", "dab-detr")
+    assert len(found) == (2 * detector.model.config.decoder_layers + 1 if apart else 0)
+
+
 def test_the_stem_is_the_smaller_part_of_the_backbone(detector):
     roles = [role_of(detector.family, path).split(".") for path in layers(detector)]
     body = [role for role in roles if role[0] == "backbone" and role != ["backbone", "stem"]]
@@ -87,6 +98,11 @@ def test_attention_and_norm_classes_are_those_of_the_model(detector):
         ("model.encoder.layers.3.self_attn.q_proj", "encoder.attention"),
         ("model.encoder.layers.3.self_attn_layer_norm", "encoder"),
         ("model.decoder.layers.3.encoder_attn", "decoder.cross_attention"),
+        ("model.decoder.layers.3.encoder_attn.k_content_proj", "decoder.cross_attention"),
+        ("model.decoder.layers.0.encoder_attn.q_pos_proj", "decoder.cross_attention.position"),
+        ("model.decoder.layers.3.encoder_attn.k_pos_proj", "decoder.cross_attention.position"),
+        ("model.decoder.layers.3.encoder_attn.q_pos_sine_proj", "decoder.cross_attention.position"),
+        ("model.decoder.layers.3.self_attn.q_pos_proj", "decoder.self_attention"),
         ("model.decoder.layers.3.encoder_attn.sampling_offsets", "sampling"),
         ("model.decoder.layers.10.gateway.gate", "decoder.other"),
         ("model.enc_output.0", "decoder.other"),

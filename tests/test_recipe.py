@@ -431,6 +431,7 @@ def test_roles_match_themselves_and_children() -> None:
     assert [role for role in ROLES if role_matches("decoder", role)] == [
         "decoder.self_attention",
         "decoder.cross_attention",
+        "decoder.cross_attention.position",
         "decoder.ffn",
         "decoder.other",
     ]

@@ -44,7 +44,10 @@ BITS = {  # weights, activations, attention
     "w4a4_attn4": (4, 4, 4),
     "w8a8": (8, 8, 8),
 }
-EIGHT = ("backbone.stem", "input_proj", "class_head", "box_head", "decoder.other")
+EIGHT = (
+    *("backbone.stem", "input_proj", "class_head", "box_head"),
+    *("decoder.cross_attention.position", "decoder.other"),
+)
 SPARED = ("box_head.last", "sampling", "query")
 
 

@@ -52,6 +52,7 @@ ROLES: tuple[str, ...] = (
     "encoder.conv",
     "decoder.self_attention",
     "decoder.cross_attention",
+    "decoder.cross_attention.position",
     "decoder.ffn",
     "decoder.other",
     "class_head",
