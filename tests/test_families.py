@@ -53,7 +53,7 @@ def test_every_family_has_the_roles_of_a_detector(detector):
 
 
 def test_positions_of_cross_attention_have_a_role_where_they_have_layers(detector):
-    """q_pos_sine and k_pos of every decoder layer and q_pos of the first, in the two families that have them."""
+    """q_pos_sine and k_pos of every decoder layer and q_pos of the first, in the two families with them."""
     found = [
         path
         for path in layers(detector)
