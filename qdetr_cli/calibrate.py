@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qdetr_cli.alignment import DistributionAlignment
+from qdetr_cli.balance import Balance
 from qdetr_cli.data import ImageSet, same_size_batches
 from qdetr_cli.errors import DataError
 from qdetr_cli.layers import Quantized
@@ -27,8 +28,8 @@ def calibrate(
 
     Weights are measured on themselves; then activations, unrounded but behind quantized weights, as they will
     be, on `spec.images` images drawn with `spec.seed`. Batches hold images of one processed size, so that no
-    padding enters a range. Alignments are fitted before, in a pass of their own, since the ranges lie behind
-    them. `advance` is told of images done, `passes(model)` times each.
+    padding enters a range. Alignments and balances are fitted before, in a pass of their own, since ranges
+    lie behind them. `advance` is told of images done, `passes(model)` times each.
     """
     if len(images) == 0:
         raise DataError("calibrate: the split holds no image")
@@ -50,7 +51,7 @@ def set_ranges(model: nn.Module, show: Callable[[], object]) -> tuple[str, ...]:
             module.calibrate_weight()
     inputs = {path: each for path, each in quantizers(model).items() if not path.endswith("weight_quantizer")}
     silent: list[str] = []
-    for watching in (_alignments(model), inputs):
+    for watching in (_fitted_first(model), inputs):
         for module in watching.values():
             module.start_observing()
         if watching:
@@ -62,13 +63,13 @@ def set_ranges(model: nn.Module, show: Callable[[], object]) -> tuple[str, ...]:
 
 def passes(model: nn.Module) -> int:
     """How many times `calibrate` shows each image to the model."""
-    return 2 if _alignments(model) else 1
+    return 2 if _fitted_first(model) else 1
 
 
-def _alignments(model: nn.Module) -> dict[str, DistributionAlignment]:
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, DistributionAlignment)
-    }
+def _fitted_first(model: nn.Module) -> dict[str, DistributionAlignment | Balance]:
+    """What changes values before they are rounded, and is fitted to them."""
+    kinds = (DistributionAlignment, Balance)
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _run(model: nn.Module, show: Callable[[], object], off: Iterable[FakeQuantizer]) -> None:

@@ -6,7 +6,7 @@ Its graph calls the module's children by name, so that a quantized Linear takes 
 
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -165,13 +165,10 @@ def _like(made: fx.Node, node: fx.Node) -> fx.Node:
     return made
 
 
-def with_quantizers(
-    graph: fx.Graph, slots: Iterable[str], heads: int, aligned: Collection[str] = ()
-) -> fx.Graph:
-    """A copy of a captured graph that calls `<slot>_quantizer` for each of the slots q, k, probs, v.
+def with_calls(graph: fx.Graph, calls: Mapping[str, Sequence[str]], heads: int) -> fx.Graph:
+    """A copy of a captured graph that calls these children, in order, on the slots q, k, probs and v.
 
-    For the slots in `aligned` it calls `<slot>_alignment` first. Both see (B, N, .., ..), heads on axis 1,
-    and never a mask: it is added between product and softmax.
+    Children see (B, N, .., ..), heads on axis 1, and never a mask: it is added between product and softmax.
     """
     graph = copy.deepcopy(graph)
     (softmax,) = [node for node in graph.nodes if node.target is SOFTMAX]
@@ -179,15 +176,16 @@ def with_quantizers(
     mixed = _nearest_product(softmax, lambda node: node.users)
     assert softmax in _first_inputs(_node(mixed.args[0])), "softmax is not the left operand of its product"
     operands = {"q": (scores, 0), "k": (scores, 1), "v": (mixed, 1)}
-    for slot in slots:
+    for slot, children in calls.items():
+        if not children:
+            continue
         if slot == "probs":
             uses = list(softmax.users)
-            quantized = _through(graph, softmax, [f"{slot}_quantizer"], heads)
+            quantized = _through(graph, softmax, children, heads)
             for user in uses:
                 user.replace_input_with(softmax, quantized)
         else:
             product, index = operands[slot]
-            children = [f"{slot}_alignment"] * (slot in aligned) + [f"{slot}_quantizer"]
             product.update_arg(index, _through(graph, _node(product.args[index]), children, heads))
     return graph
 

@@ -20,15 +20,16 @@ Key = tuple[float, float]  # learning rate, weight decay
 def parameter_groups(model: nn.Module, family: Family, train: Train) -> list[dict[str, Any]]:
     """AdamW groups: the backbone, the rest and the quantizers have rates of their own.
 
-    Matrices and kernels decay; steps, offsets, alignments, norms and biases do not. What is backbone is a
-    matter of roles: not in every family does its path say so.
+    Matrices and kernels decay; steps, offsets, alignments, balances, norms and biases do not. What is
+    backbone is a matter of roles: not in every family does its path say so.
     """
     own = _quantizer_rates(model, train.quantizer_lr)
     groups: dict[Key, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = own.get(parameter, _rate(name, family, train))
-            decays = parameter.ndim > 1 and "_alignment." not in name  # which has a gain for each head
+            gains = "_alignment." in name or ".balance." in name  # one for each dimension of each head
+            decays = parameter.ndim > 1 and not gains
             groups.setdefault((rate, train.weight_decay if decays else 0.0), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}

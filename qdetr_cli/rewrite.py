@@ -4,14 +4,15 @@ Names do not change: a quantizer is `<module path>.<slot>_quantizer`, all others
 the folded batch norms, plus the biases that they left. Equal plans on equal structures give equal names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from qdetr_cli.alignment import DistributionAlignment
 from qdetr_cli.attention import QuantAttention, QuantDeformable, subclass
-from qdetr_cli.capture import Graphs, capture_all, compiled, with_quantizers
+from qdetr_cli.balance import Balance, Operand
+from qdetr_cli.capture import Graphs, capture_all, compiled, with_calls
 from qdetr_cli.fold import fold_batch_norms
 from qdetr_cli.layers import quantized_layer
 from qdetr_cli.plan import ModulePlan, Plan
@@ -39,7 +40,7 @@ def rewrite(model: nn.Module, plan: Plan, facts: GraphFacts) -> None:
         else:
             _quantize_attention(model, module, attentions[module.path], graphs.get(module.path, {}))
     for path, module in model.named_modules():
-        if isinstance(module, FakeQuantizer | DistributionAlignment):
+        if isinstance(module, FakeQuantizer | DistributionAlignment | Operand):
             module.path = path
 
 
@@ -82,18 +83,28 @@ def _quantize_attention(model: nn.Module, module: ModulePlan, facts: AttentionFa
         axis = 2 if (module.op, slot) == ("deformable", "probs") else 1  # (B, Q, N, points), else (B, N, ..)
         quantizer = _quantizer(formats[slot], axis, facts.heads) if slot in formats else None
         setattr(attention, f"{slot}_quantizer", quantizer)
-    aligned = [name for name, format in formats.items() if format.align]
-    for name in aligned:
+    for name in [name for name, format in formats.items() if format.align]:
         axis = -1 if name == "q" else -2  # k is the right operand of its product: (B, N, d, L)
         setattr(attention, f"{name}_alignment", DistributionAlignment(facts.heads, facts.head_dim, axis=axis))
+    if "q" in formats and formats["q"].balance:
+        attention.balance = Balance(facts.heads, facts.head_dim)
+    calls: dict[str, list[str]] = {slot: _calls(slot, formats) for slot in OP_SLOTS[module.op]}
     captured = {
-        signature: compiled(with_quantizers(graph, formats, facts.heads, aligned), attention)
+        signature: compiled(with_calls(graph, calls, facts.heads), attention)
         for signature, graph in graphs.items()
     }
     mixin = QuantAttention if module.op == "attention" else QuantDeformable
     attention.__class__ = subclass(mixin, attention.__class__)
     vars(attention).update(path=module.path, heads=facts.heads, captured=captured)
     attention.to(next(attention.parameters()).device).train(attention.training)
+
+
+def _calls(slot: str, formats: Mapping[str, QuantFormat]) -> list[str]:
+    """The children that one operand of an attention goes through, in order."""
+    calls = [f"{slot}_alignment"] if slot in formats and formats[slot].align else []
+    if slot in ("q", "k") and "q" in formats and formats["q"].balance:
+        calls.append(f"balance.{slot}")
+    return calls + [f"{slot}_quantizer"] * (slot in formats)
 
 
 def _quantizer(format: QuantFormat, axis: int, heads: int) -> FakeQuantizer:

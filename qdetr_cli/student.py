@@ -174,6 +174,6 @@ def calibrated(model: Model, data: DetectionData, where: torch.device, listener:
         silent = from_first(lambda: calibrate(model.module, images, spec, device=where, advance=advance))
     make_alike(model.module)
     for path in silent:
-        kept = "stays off" if path.endswith("_alignment") else "keeps the smallest step"
+        kept = "stays off" if path.endswith(("_alignment", ".balance")) else "keeps the smallest step"
         listener.say(f"warning: {path} saw no value in calibration and {kept}")
     return silent

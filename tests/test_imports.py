@@ -23,6 +23,7 @@ LAYERS = (
         "processors",
         "roles",
         "alignment",
+        "balance",
     ),
     (
         "devices",

@@ -129,8 +129,9 @@ def _check_bits(value: Any) -> Any:
 class Format(Partial):
     """A number format, perhaps in part: what is left out falls to earlier rules, then to the slot.
 
-    `align` puts Q-DETR's distribution alignment before the quantizer; only q and k have it. `mid_rise` puts
-    the levels at odd multiples of half a step, with none at 0; only weights have it.
+    `align` puts Q-DETR's distribution alignment before the quantizer; only q and k have it. `balance` scales
+    q and k against each other first; it belongs to q. `mid_rise` puts the levels at odd multiples of half a
+    step, with none at 0; only weights have it.
     """
 
     bits: Annotated[int | Literal["float"] | None, BeforeValidator(_check_bits)] = None
@@ -140,6 +141,7 @@ class Format(Partial):
     quantizer: Named | None = None
     init: Named | None = None
     align: bool | None = Field(default=None, strict=True)
+    balance: bool | None = Field(default=None, strict=True)
     mid_rise: bool | None = Field(default=None, strict=True)
 
     @model_validator(mode="after")
@@ -171,6 +173,7 @@ class QuantFormat:
     init: str
     init_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     align: bool = False  # distribution alignment (Q-DETR's DA) goes before the quantizer
+    balance: bool = False  # of q: q and k are scaled against each other before both are rounded
     mid_rise: bool = False
 
     @property
@@ -230,5 +233,6 @@ def resolve_format(slot: Slot, stated: Format) -> QuantFormat:
         init=full.init.name,
         init_options=dict(full.init.options),
         align=bool(full.align),
+        balance=bool(full.balance),
         mid_rise=bool(full.mid_rise),
     )

@@ -56,7 +56,7 @@ def _check_roles(roles: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # What `_fits` raises: a format that is fine, in the wrong slot.
-SLOT_FAULTS = ("per", "weight", "align", "mid_rise")
+SLOT_FAULTS = ("per", "weight", "align", "balance", "mid_rise")
 
 
 def _fits(slot: Slot) -> Callable[[Format], Format]:
@@ -70,6 +70,8 @@ def _fits(slot: Slot) -> Callable[[Format], Format]:
             raise PydanticCustomError("weight", "weights are signed and symmetric; drop the key")
         if stated.align and slot not in ("q", "k"):
             raise PydanticCustomError("align", "align: only q and k are aligned; drop the key")
+        if stated.balance and slot != "q":
+            raise PydanticCustomError("balance", "balance: k follows q; say it of q, and drop the key here")
         if stated.mid_rise and slot != "weight":
             raise PydanticCustomError("mid_rise", "mid_rise: only weights can do without a 0; drop the key")
         return stated

@@ -1,0 +1,105 @@
+"""Balance of q and k: what one step for a whole head rounds badly is evened out, attention stays the same.
+
+    softmax(q k') = softmax((gain * q) ((k - center) / gain)')
+
+for any gain of each dimension of a head, since it cancels in the product, and any center, since it adds one
+number to all scores of a query. Few bits want all dimensions of equal size, on both sides: with gain =
+sqrt(rms(k) / rms(q)) both have sqrt(rms(q) rms(k)), and the errors of both roundings, with steps that follow
+the rms of a head, add to the least sum. Where Conditional-DETR puts content and positions side by side in one
+head they differ by orders of magnitude. Scaling as in SmoothQuant (Xiao et al., ICML 2023, equation 4), which
+OmniQuant (Shao et al., ICLR 2024) has for q and k; centering as in SageAttention (Zhang et al., ICLR 2025).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qdetr_cli.errors import RunError
+
+_LEAST = 1e-3  # of the mean over a head's dimensions: what is smaller counts as this
+
+
+class Operand(nn.Module):
+    """One side of the product: (x - center) * gain, for each dimension of a head.
+
+    `axis` is the dimension of x that holds the head's dimensions: -1 for q (B, N, L, d), -2 for the
+    transposed k (B, N, d, L). `gain` and `center` are (N, d); with 1 and 0, before they are fitted, x is
+    passed on.
+    """
+
+    _sums: tuple[Tensor, ...] | None
+
+    def __init__(self, heads: int, dimensions: int, *, axis: int) -> None:
+        super().__init__()
+        assert axis in (-1, -2)
+        self.axis = axis
+        self.path = ""  # set by `rewrite`, for messages
+        self.gain = nn.Parameter(torch.ones(heads, dimensions))
+        self.center = nn.Parameter(torch.zeros(heads, dimensions))
+        self._sums = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x centered and scaled, same shape and dtype; x itself while it is observed."""
+        if self._sums is not None:
+            self._observe(x)
+            return x
+        return ((x - self._along(self.center)) * self._along(self.gain)).to(x.dtype)
+
+    def start_observing(self) -> None:
+        """Begin to collect what the fit needs, from nothing."""
+        zeros = torch.zeros_like(self.gain, dtype=torch.float64, device="cpu")
+        self._sums = (torch.zeros((), dtype=torch.float64), zeros, zeros.clone())
+
+    def finish_observing(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mean and the mean square, float64 (N, d), of what was seen; None if nothing was."""
+        assert self._sums is not None, "finish_observing without start_observing"
+        (count, x, squares), self._sums = self._sums, None
+        return (x / count, squares / count) if count else None
+
+    def _along(self, parameter: Tensor) -> Tensor:
+        """(N, d) shaped to broadcast against (B, N, L, d) or (B, N, d, L)."""
+        return parameter[:, None, :] if self.axis == -1 else parameter[:, :, None]
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        assert self._sums is not None
+        x = x.double()
+        if not x.isfinite().all():
+            raise RunError(f"{self.path}: met values that are not finite while it was fitted")
+        tokens = (0, 2) if self.axis == -1 else (0, 3)
+        seen = (x.new_tensor(x.numel() / self.gain.numel()), x.sum(tokens), x.square().sum(tokens))
+        self._sums = tuple(old + new.cpu() for old, new in zip(self._sums, seen, strict=True))
+
+
+class Balance(nn.Module):
+    """Both sides of one product of q and k, which are fitted together."""
+
+    def __init__(self, heads: int, dimensions: int) -> None:
+        super().__init__()
+        self.q = Operand(heads, dimensions, axis=-1)
+        self.k = Operand(heads, dimensions, axis=-2)
+
+    def start_observing(self) -> None:
+        """Begin to collect what the fit needs, from nothing."""
+        self.q.start_observing()
+        self.k.start_observing()
+
+    @torch.no_grad()
+    def finish_observing(self) -> bool:
+        """Set gains and center from what was seen; False if nothing was, and then all passes unchanged."""
+        q, k = self.q.finish_observing(), self.k.finish_observing()
+        if q is None or k is None:
+            return False
+        center, square = k
+        rms_q, rms_k = _rms(q[1]), _rms(square - center.square())
+        gain = (rms_k / rms_q).sqrt()
+        self.q.gain.copy_(gain)
+        self.k.gain.copy_(1 / gain)
+        self.k.center.copy_(center)
+        return True
+
+
+def _rms(square: Tensor) -> Tensor:
+    """The root of a mean square, (N, d), not below a part of its head's mean; 1 where a head is all 0."""
+    rms = square.clamp(min=0).sqrt()
+    rms = torch.maximum(rms, _LEAST * rms.mean(1, keepdim=True))
+    return torch.where(rms > 0, rms, 1.0)
