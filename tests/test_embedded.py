@@ -49,11 +49,11 @@ def test_detections_json_gives_the_printed_numbers_to_pycocotools(measured, scen
     )
 
 
-def test_eight_bits_lose_next_to_nothing_and_two_bits_nearly_all(measured, scenes, tmp_path):
+def test_eight_bits_lose_next_to_nothing_and_two_bits_a_third_or_more(measured, scenes, tmp_path):
     name, body, _ = measured
     words = ("--data", scenes / "voc", "--set", "calibrate.images=48")
     eight = as_json("quantize", MODELS / name, "--recipe", "w8a8", "--out", tmp_path / "8", *words)
     two = as_json("quantize", MODELS / name, "--recipe", "w2a2", "--out", tmp_path / "2", *words)
     assert eight["float"]["ap50_voc_area"] == pytest.approx(body["ap50_voc_area"], abs=1e-6)
     assert eight["calibrated"]["ap50_voc_area"] == pytest.approx(body["ap50_voc_area"], abs=0.01)
-    assert two["calibrated"]["ap50_voc_area"] < 0.4
+    assert two["calibrated"]["ap50_voc_area"] < 0.67 * body["ap50_voc_area"]
