@@ -6,9 +6,9 @@ for any gain of each dimension of a head, since it cancels in the product, and a
 number to all scores of a query. Few bits want all dimensions of equal size, on both sides: with gain =
 sqrt(rms(k) / rms(q)) both have sqrt(rms(q) rms(k)), and the errors of both roundings, with steps that follow
 the rms of a head, add to the least sum. Conditional-DETR puts content and positions side by side in one head:
-there rms(k) / rms(q) of the two differ 20 times. Scaling as in SmoothQuant (Xiao et al., ICML 2023, equation
-4), which OmniQuant (Shao et al., ICLR 2024) has for q and k; centering as in SageAttention (Zhang et al., ICLR
-2025).
+there rms(k) / rms(q) of the two differ 20 times. Scaling as in SmoothQuant (Xiao et al., ICML 2023,
+equation 4), which OmniQuant (Shao et al., ICLR 2024) has for q and k; centering as in SageAttention (Zhang et
+al., ICLR 2025).
 """
 
 import torch
