@@ -24,9 +24,10 @@ class Operand(nn.Module):
 
     `axis` is the dimension of x that holds the head's dimensions: -1 for q (B, N, L, d), -2 for the
     transposed k (B, N, d, L). `gain` and `center` are (N, d); with 1 and 0, before they are fitted, x is
-    passed on.
+    passed on. q has no center, which would change the scores.
     """
 
+    center: nn.Parameter | None
     _sums: tuple[Tensor, ...] | None
 
     def __init__(self, heads: int, dimensions: int, *, axis: int) -> None:
@@ -35,7 +36,7 @@ class Operand(nn.Module):
         self.axis = axis
         self.path = ""  # set by `rewrite`, for messages
         self.gain = nn.Parameter(torch.ones(heads, dimensions))
-        self.center = nn.Parameter(torch.zeros(heads, dimensions))
+        self.center = nn.Parameter(torch.zeros(heads, dimensions)) if axis == -2 else None
         self._sums = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ class Operand(nn.Module):
         if self._sums is not None:
             self._observe(x)
             return x
-        return ((x - self._along(self.center)) * self._along(self.gain)).to(x.dtype)
+        centered = x if self.center is None else x - self._along(self.center)
+        return (centered * self._along(self.gain)).to(x.dtype)
 
     def start_observing(self) -> None:
         """Begin to collect what the fit needs, from nothing."""
@@ -95,6 +97,7 @@ class Balance(nn.Module):
         gain = (rms_k / rms_q).sqrt()
         self.q.gain.copy_(gain)
         self.k.gain.copy_(1 / gain)
+        assert self.k.center is not None
         self.k.center.copy_(center)
         return True
 

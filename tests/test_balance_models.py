@@ -88,7 +88,7 @@ def test_gradients_reach_both_sides_and_nothing_decays(name):
     model = copy.deepcopy(balanced(name)).train()
     model(**inputs("pixels")).logits.square().mean().backward()
     own = {name: each for name, each in model.named_parameters() if ".balance." in name}
-    assert len(own) == 6 * 4
+    assert len(own) == 6 * 3
     moved = [
         name
         for name, each in own.items()
