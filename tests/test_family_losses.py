@@ -27,6 +27,8 @@ DENOISED = tuple(name for name in FAMILIES if "num_denoising" in CONFIGS[name])
 LAYERED = tuple(name for name in FAMILIES if family(name).layer_losses)
 PLAIN = tuple(name for name in FAMILIES if name not in FED_ON)
 
+RECIPE = "w4a4"  # without balance, which with quantizers off is the float model but for rounding
+
 modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
@@ -54,7 +56,7 @@ def own_loss(model: nn.Module, images: Batch, training: bool, **changes: Any) ->
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_it_is_the_float_models_while_quantizers_are_off(name: str, training: bool) -> None:
     """Total, terms and predictions, denoising and auxiliary losses included, to the last bit."""
-    made, images = ready(name), batch()
+    made, images = ready(name, RECIPE), batch()
     off, folded = copy.deepcopy(made.model), copy.deepcopy(made.float)
     set_enabled(off, None, False)
     fold_batch_norms(folded, made.facts.batch_norms)
@@ -192,7 +194,7 @@ def test_without_auxiliary_losses_denoising_queries_are_not_matched(name: str) -
 @pytest.mark.parametrize("name", [name for name in DENOISED if name.startswith(("d_fine", "deimv2"))])
 def test_self_distillation_teaches_quantized_layers(name: str) -> None:
     """FGL and DDF: earlier layers learn the distribution of the last one, through what is quantized."""
-    model, images = copy.deepcopy(ready(name).model), batch()
+    model, images = copy.deepcopy(ready(name, RECIPE).model), batch()
     set_mode(model, True)
     model.config.auxiliary_loss = True
     torch.manual_seed(5)
@@ -220,7 +222,7 @@ def test_self_distillation_teaches_quantized_layers(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("objects", [(0, 0), (0, 2)], ids=["no objects", "one empty image"])
 def test_images_without_objects_train(name: str, objects: tuple[int, ...]) -> None:
-    model = copy.deepcopy(ready(name).model)
+    model = copy.deepcopy(ready(name, RECIPE).model)
     set_mode(model, True)
     found = detection_loss(model, family(name), batch(objects), auxiliary=True)
     found.total.backward()
