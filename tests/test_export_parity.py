@@ -9,8 +9,11 @@ import onnx
 import pytest
 import torch
 from exported_models import SIZE, WIDTH, Toy, calibrated, images, number_format, run_plain, toy
+from family_models import SIZE as FAMILY_SIZE
+from family_models import ready
 from onnx import numpy_helper
 from processors_without_vnni import PORTABLE
+from quantized_detectors import inputs
 from tiny_detectors import tiny_config
 from torch import nn
 
@@ -296,6 +299,52 @@ def test_codes_that_are_only_there_in_bands_are_judged_too(portable, tmp_path, m
     found = inside(model, path, shown(1)).layers
     assert all(each.holds for each in found)
     assert all(each.moved is not None for each in found if each.path in banded)
+
+
+def test_codes_of_heads_are_seen_behind_their_own_limits(tmp_path):
+    """4 bits of bytes for each of two heads: what leaves a head's range shows its last code."""
+    zeros = [numpy_helper.from_array(np.array([128, 128], np.uint8), "zero")]
+    bounds = {"Max": np.array([[[122]], [[121]]], np.uint8), "Min": np.array([[[137]], [[136]]], np.uint8)}
+    limits = [numpy_helper.from_array(value, key) for key, value in bounds.items()]
+    step = numpy_helper.from_array(np.array([0.5, 2.0], np.float32), "step")
+    name = "attention.v_quantizer"
+    nodes = [
+        onnx.helper.make_node(
+            "QuantizeLinear", ["x", "step", "zero"], ["codes"], name=f"{name}.quantize", axis=1
+        ),
+        onnx.helper.make_node("Max", ["codes", "Max"], ["above"], name=f"{name}.max"),
+        onnx.helper.make_node("Min", ["above", "Min"], ["within"], name=f"{name}.min"),
+        onnx.helper.make_node("DequantizeLinear", ["within", "step", "zero"], ["y"], name="back", axis=1),
+    ]
+    shape = [1, 2, 1, 3]
+    ends = [onnx.helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, shape) for each in ("x", "y")]
+    graph = onnx.helper.make_graph(nodes, "heads", ends[:1], ends[1:], [*zeros, *limits, step])
+    path = tmp_path / "heads.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), path)
+    given = {"x": torch.tensor([[[[-40.0, 1.0, 40.0]], [[-40.0, 1.9, 40.0]]]])}
+    inside = np.array([[[[-3.0, 1.0, 4.5]], [[-14.0, 2.0, 16.0]]]], np.float32)
+    probe = OnnxProbe(path)
+    assert np.array_equal(probe.values(given)[name], inside)
+    after = probe.values_after(given, {name: inside[..., ::-1].copy()})
+    assert np.array_equal(after[name], inside)
+    assert np.array_equal(after["y"], inside[..., ::-1])
+
+
+@pytest.mark.parametrize("portable", PORTABLE)
+def test_attention_of_few_bits_is_judged_where_its_values_leave_their_range(portable, tmp_path):
+    model = ready("conditional_detr").model.eval()
+    path = tmp_path / "attention.onnx"
+    onnx.save(prepared(with_pairs(marked(exported(model, FAMILY_SIZE, batch=1))), portable=portable), path)
+    strange = {
+        **inputs("pixels", 1, FAMILY_SIZE),
+        "pixel_mask": torch.ones(1, *FAMILY_SIZE, dtype=torch.int64),
+    }
+    strange["pixel_values"] = 4 * strange["pixel_values"]
+    found = [each for each in inside(model, path, strange).layers if each.path.endswith("attn.v_quantizer")]
+    assert len(found) == 5, (
+        "two of the encoder, four of the decoder less the first, whose queries are constant"
+    )
+    assert all(each.moved is not None and each.holds for each in found)
 
 
 def test_what_follows_a_band_gets_its_true_codes(tmp_path):

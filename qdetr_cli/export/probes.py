@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-_INTEGER = "quantize|clip|maxpool|reshape|transpose|squeeze|unsqueeze|flatten|concat|identity"
+_INTEGER = "quantize|clip|max|min|maxpool|reshape|transpose|squeeze|unsqueeze|flatten|concat|identity"
 _OWN = re.compile(
     rf"(?P<key>.*_quantizer(:\d+)?)(?P<part>(\.\d+)*)\.({_INTEGER})"
 )  # a quantizer's nodes by name
