@@ -86,12 +86,12 @@ def exported(
     _check_deployable(model)
     program = _export(model, size, mask, batch, any_size)
     _drop_checks(program.graph_module)
-    used = tuple(node.name for node in program.graph.nodes if node.name in INPUTS and _is_read(node))
-    if mask and "pixel_mask" not in used:
+    read = {node.name: _is_read(node) for node in program.graph.nodes if node.name in INPUTS}
+    if not read.get("pixel_mask", True):
         return exported(model, size, mask=False, batch=batch, any_size=any_size)
     return Program(
         exported=program,
-        inputs=used,
+        inputs=tuple(name for name in INPUTS if read.get(name)),
         size=None if any_size else size,
         batch=batch,
         roundings=dict(_roundings(program)),
@@ -113,16 +113,37 @@ def _export(
     images = batch or 2  # a size of 1 would be taken for a constant
     weight = next(model.parameters())
     given = {"pixel_values": weight.new_zeros(images, 3, *size)}
-    if mask:
-        given["pixel_mask"] = torch.ones(images, *size, dtype=torch.int64, device=weight.device)
-    free = _free(tuple(given), batch, any_size)
+    whole = torch.ones(images, *size, dtype=torch.int64, device=weight.device)
     wrapped = Detections(model)
     with undisturbed(wrapped), symbolic_lengths(model), known_grids(model):
         wrapped.eval()
         try:
+            if mask and _mask_matters(wrapped, whole[:1], weight.dtype):
+                given["pixel_mask"] = whole
+            free = _free(tuple(given), batch, any_size)
             return torch.export.export(wrapped, (), given, dynamic_shapes=free, strict=False)
         except Exception as error:
             raise ExportError(_reason(size, batch, any_size, error)) from error
+
+
+def _mask_matters(model: Detections, whole: Tensor, dtype: torch.dtype) -> bool:
+    """Whether another mask gives other logits or boxes, on one image of noise, without quantizers.
+
+    An export that turns out not to read its mask would have to be made again, which takes as long.
+    """
+    noise = torch.randn(1, 3, *whole.shape[1:], generator=torch.Generator().manual_seed(0))
+    pixels = noise.to(device=whole.device, dtype=dtype)
+    half = whole.clone()
+    half[..., half.shape[-1] // 2 :] = 0
+    on = [each for each in quantizers(model).values() if each.enabled]
+    try:
+        for quantizer in on:
+            quantizer.enabled = False
+        pairs = zip(model(pixels, whole), model(pixels, half), strict=True)
+        return any(not torch.equal(one, other) for one, other in pairs)
+    finally:
+        for quantizer in on:
+            quantizer.enabled = True
 
 
 def _free(names: tuple[str, ...], batch: int | None, any_size: bool) -> dict[str, dict[int, Any]] | None:
