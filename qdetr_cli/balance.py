@@ -14,30 +14,24 @@ al., ICLR 2025).
 import torch
 from torch import Tensor, nn
 
-from qdetr_cli.errors import RunError
+from qdetr_cli.head_fit import HeadFit
 
 _LEAST = 1e-3  # of the mean over a head's dimensions: what is smaller counts as this
 
 
-class Operand(nn.Module):
+class Operand(HeadFit):
     """One side of the product: (x - center) * gain, for each dimension of a head.
 
-    `axis` is the dimension of x that holds the head's dimensions: -1 for q (B, N, L, d), -2 for the
-    transposed k (B, N, d, L). `gain` and `center` are (N, d); with 1 and 0, before they are fitted, x is
-    passed on. q has no center, which would change the scores.
+    `gain` and `center` are (N, d); with 1 and 0, before they are fitted, x is passed on. q (axis -1) has no
+    center, which would change the scores.
     """
 
     center: nn.Parameter | None
-    _sums: tuple[Tensor, ...] | None
 
     def __init__(self, heads: int, dimensions: int, *, axis: int) -> None:
-        super().__init__()
-        assert axis in (-1, -2)
-        self.axis = axis
-        self.path = ""  # set by `rewrite`, for messages
+        super().__init__(heads, dimensions, axis=axis)
         self.gain = nn.Parameter(torch.ones(heads, dimensions))
         self.center = nn.Parameter(torch.zeros(heads, dimensions)) if axis == -2 else None
-        self._sums = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x centered and scaled, same shape and dtype; x itself while it is observed."""
@@ -47,30 +41,12 @@ class Operand(nn.Module):
         centered = x if self.center is None else x - self._along(self.center)
         return (centered * self._along(self.gain)).to(x.dtype)
 
-    def start_observing(self) -> None:
-        """Begin to collect what the fit needs, from nothing."""
-        zeros = torch.zeros_like(self.gain, dtype=torch.float64, device="cpu")
-        self._sums = (torch.zeros((), dtype=torch.float64), zeros, zeros.clone())
-
-    def finish_observing(self) -> tuple[Tensor, Tensor] | None:
+    def finish_observing(self) -> tuple[Tensor, ...] | None:
         """Return the mean and the mean square, float64 (N, d), of what was seen; None if nothing was."""
-        assert self._sums is not None, "finish_observing without start_observing"
-        (count, x, squares), self._sums = self._sums, None
-        return (x / count, squares / count) if count else None
+        return self._means()
 
-    def _along(self, parameter: Tensor) -> Tensor:
-        """(N, d) shaped to broadcast against (B, N, L, d) or (B, N, d, L)."""
-        return parameter[:, None, :] if self.axis == -1 else parameter[:, :, None]
-
-    @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        assert self._sums is not None
-        x = x.double()
-        if not x.isfinite().all():
-            raise RunError(f"{self.path}: met values that are not finite while it was fitted")
-        tokens = (0, 2) if self.axis == -1 else (0, 3)
-        seen = (x.new_tensor(x.numel() / self.gain.numel()), x.sum(tokens), x.square().sum(tokens))
-        self._sums = tuple(old + new.cpu() for old, new in zip(self._sums, seen, strict=True))
+    def _seen(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x, x.square())
 
 
 class Balance(nn.Module):

@@ -218,7 +218,7 @@ def test_calibration_fits_it_first_behind_no_rounding(monkeypatch):
     batch.to = lambda device: batch
     monkeypatch.setattr("qdetr_cli.calibrate.same_size_batches", lambda *rest: iter([batch]))
     path, first = next(iter(alignments(model).items()))
-    first.register_forward_pre_hook(lambda module, args: seen.append((module._moments is None, args[0])))
+    first.register_forward_pre_hook(lambda module, args: seen.append((module._sums is None, args[0])))
     silent = calibrate(model, [0, 1, 2], Calibrate(images=3), device=torch.device("cpu"), advance=told.append)
     assert silent == ()
     assert told == [3, 3]
