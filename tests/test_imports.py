@@ -22,10 +22,11 @@ LAYERS = (
         "scenes",
         "processors",
         "roles",
-        "alignment",
-        "balance",
+        "head_fit",
     ),
     (
+        "alignment",
+        "balance",
         "devices",
         "scene_files",
         "families",
