@@ -199,3 +199,14 @@ def test_steps_per_head_stand_on_the_axis_of_heads():
     assert rounding.axis == 1
     assert rounding.grid.step.shape == (HEADS,)
     assert (rounding.grid.qmin, rounding.grid.qmax) == (0, 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("detr", ("pixel_values", "pixel_mask")), ("rt_detr", ("pixel_values",))]
+)
+def test_a_model_is_exported_once_whether_it_reads_its_mask_or_not(name, read, monkeypatch):
+    model = facts_of(name)[0].eval()
+    made, own = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **more: made.append(1) or own(*args, **more))
+    assert exported(model, (64, 96)).inputs == read
+    assert made == [1]

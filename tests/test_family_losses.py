@@ -194,7 +194,7 @@ def test_without_auxiliary_losses_denoising_queries_are_not_matched(name: str) -
 @pytest.mark.parametrize("name", [name for name in DENOISED if name.startswith(("d_fine", "deimv2"))])
 def test_self_distillation_teaches_quantized_layers(name: str) -> None:
     """FGL and DDF: earlier layers learn the distribution of the last one, through what is quantized."""
-    model, images = copy.deepcopy(ready(name, RECIPE).model), batch()
+    model, images = copy.deepcopy(ready(name).model), batch()
     set_mode(model, True)
     model.config.auxiliary_loss = True
     torch.manual_seed(5)
@@ -222,7 +222,7 @@ def test_self_distillation_teaches_quantized_layers(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("objects", [(0, 0), (0, 2)], ids=["no objects", "one empty image"])
 def test_images_without_objects_train(name: str, objects: tuple[int, ...]) -> None:
-    model = copy.deepcopy(ready(name, RECIPE).model)
+    model = copy.deepcopy(ready(name).model)
     set_mode(model, True)
     found = detection_loss(model, family(name), batch(objects), auxiliary=True)
     found.total.backward()
