@@ -66,6 +66,28 @@ def hungarian_pairs(student: Predictions, teacher: Predictions, *, softmax: bool
 
 
 @torch.no_grad()
+def object_pairs(
+    pairs: Tensor, student: Predictions, teacher: Predictions, labels: Labels, *, softmax: bool
+) -> Tensor:
+    """`pairs` (B, Q), but where student and teacher give an object to unlike queries: those two are partners.
+
+    A student moves objects from query to query (of one at 4 bits without a teacher, a fifth). There its own
+    assignment asks one query for the object and the teacher's another, so that twins teach it duplicates.
+    The partner that a student's query so loses goes to the query whose partner it takes.
+    """
+    found = pairs.tolist()
+    mine, theirs = (object_queries(each, labels, softmax=softmax) for each in (student, teacher))
+    for row, (queries, objects), (others, known) in zip(found, mine, theirs, strict=True):
+        owner = dict(zip(known.tolist(), others.tolist(), strict=True))
+        for query, item in zip(queries.tolist(), objects.tolist(), strict=True):
+            partner = owner.get(item, row[query])  # where a teacher has fewer queries than there are objects
+            if partner in row:
+                row[row.index(partner)] = row[query]
+            row[query] = partner
+    return torch.tensor(found, device=pairs.device)
+
+
+@torch.no_grad()
 def foreground_queries(boxes: Tensor, labels: Labels, *, tau: float = TAU) -> Tensor:
     """Which student queries are imitated, bool (B, Q): steps 1 and 2 of foreground-aware query matching.
 

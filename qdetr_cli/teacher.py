@@ -9,7 +9,7 @@ from qdetr_cli.data import Batch
 from qdetr_cli.families import Family, family_of
 from qdetr_cli.features import recorded
 from qdetr_cli.losses import predictions_of
-from qdetr_cli.matching import Predictions, hungarian_pairs, same_query
+from qdetr_cli.matching import Predictions, hungarian_pairs, object_pairs, same_query
 from qdetr_cli.terms import Lesson
 
 
@@ -32,17 +32,17 @@ class Teacher:
         with torch.no_grad(), recorded(self.model, self.own_family) as features:
             outputs = self.model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
             mentor = predictions_of(outputs, features)
-        pairs = same_query(student) if self.same_query else self._matched(student, mentor)
+        softmax = self.family.softmax
+        matched = (
+            same_query(student) if self.same_query else hungarian_pairs(student, mentor, softmax=softmax)
+        )
         return Lesson(
             student=self._projected(student),
             labels=batch.labels,
-            softmax=self.family.softmax,
+            softmax=softmax,
             mentor=mentor,
-            pairs=pairs,
+            pairs=object_pairs(matched, student, mentor, batch.labels, softmax=softmax),
         )
-
-    def _matched(self, student: Predictions, mentor: Predictions) -> torch.Tensor:
-        return hungarian_pairs(student, mentor, softmax=self.family.softmax)
 
     def _projected(self, student: Predictions) -> Predictions:
         if not self.projections:

@@ -11,6 +11,7 @@ from qdetr_cli.matching import (
     foreground_queries,
     hungarian_pairs,
     nearest_boxes,
+    object_pairs,
     object_queries,
     same_query,
 )
@@ -188,3 +189,66 @@ def test_take_reorders_everything_that_belongs_to_a_query():
 def test_same_query_is_the_identity():
     teacher = said(5)
     torch.testing.assert_close(teacher.take(same_query(teacher)).logits, teacher.logits)
+
+
+def one_image(*classes: int | None) -> Predictions:
+    """Queries in one place, each sure of a class of 3, or of none."""
+    logits = torch.full((1, len(classes), 3), -5.0)
+    for query, each in enumerate(classes):
+        if each is not None:
+            logits[0, query, each] = 5.0
+    return Predictions(logits=logits, boxes=torch.full((1, len(classes), 4), 0.5))
+
+
+def objects_of(*classes: int) -> list[dict[str, torch.Tensor]]:
+    return [
+        {
+            "class_labels": torch.tensor(classes, dtype=torch.int64),
+            "boxes": torch.full((len(classes), 4), 0.5),
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "objects", "expected"),
+    [
+        ((0, None, None), (0, None, None), (0,), [0, 1, 2]),  # they agree
+        (
+            (0, None, None),
+            (None, None, 0),
+            (0,),
+            [2, 1, 0],
+        ),  # the object is in another query: partners change
+        ((0, 1, None), (1, 0, None), (0, 1), [1, 0, 2]),  # two objects, each in the other's query
+        ((0, 1, None), (None, 0, 1), (0, 1), [1, 2, 0]),  # a ring of three
+        ((0, None, None), (None, None, 0), (), [0, 1, 2]),  # nothing is known: query i with query i
+        ((0, 1), (1, 0), (0, 1, 2), [1, 0]),  # more objects than queries
+    ],
+)
+def test_the_partner_of_an_objects_query_is_the_teachers_query_of_that_object(
+    student, teacher, objects, expected
+):
+    mine, theirs = one_image(*student), one_image(*teacher)
+    pairs = object_pairs(same_query(mine), mine, theirs, objects_of(*objects), softmax=False)
+    assert pairs.tolist() == [expected]
+
+
+def test_of_more_teachers_one_that_nobody_had_may_be_the_partner():
+    mine, theirs = one_image(0, None), one_image(None, None, None, 0)
+    pairs = object_pairs(torch.tensor([[2, 1]]), mine, theirs, objects_of(0), softmax=False)
+    assert pairs.tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize("softmax", [True, False], ids=["softmax", "sigmoid"])
+def test_partners_stay_one_to_one_and_all_but_two_of_each_object_keep_theirs(softmax):
+    student, teacher = said(7, seed=1), said(7, seed=2)
+    known = labels(some_boxes(2, 5), some_boxes(3, 6))
+    pairs = object_pairs(same_query(student), student, teacher, known, softmax=softmax)
+    mine, theirs = (object_queries(each, known, softmax=softmax) for each in (student, teacher))
+    for image, row in enumerate(pairs.tolist()):
+        assert sorted(row) == list(range(7))
+        wanted = dict(zip(theirs[image][1].tolist(), theirs[image][0].tolist(), strict=True))
+        for query, item in zip(mine[image][0].tolist(), mine[image][1].tolist(), strict=True):
+            assert row[query] == wanted[item]
+        touched = {*mine[image][0].tolist(), *theirs[image][0].tolist()}
+        assert all(row[query] == query for query in set(range(7)) - touched)

@@ -13,7 +13,7 @@ from qdetr_cli.data import Batch
 from qdetr_cli.families import family_of
 from qdetr_cli.features import recorded
 from qdetr_cli.losses import predictions_of
-from qdetr_cli.matching import Predictions
+from qdetr_cli.matching import Predictions, object_queries
 from qdetr_cli.recipe import Term
 from qdetr_cli.teacher import Teacher
 from qdetr_cli.terms import weighted
@@ -70,11 +70,18 @@ def permuted(model: nn.Module, order: list[int]) -> nn.Module:
 ORDER = [3, 6, 0, 5, 1, 4, 2]
 
 
-def test_queries_of_one_origin_pair_by_index():
+def test_queries_of_one_origin_pair_by_index_but_where_an_object_is_in_another():
     student = detector("detr")
     teacher = Teacher(permuted(student, ORDER), student, family_of(student), same_origin=True)
     lesson = teacher.lesson(said(student), batch())
-    assert lesson.pairs.tolist() == [list(range(7))] * 2
+    assert lesson.pairs[1].tolist() == list(range(7))  # an image without objects
+    (mine, _), (theirs, _) = (
+        object_queries(each, lesson.labels, softmax=True) for each in (lesson.student, lesson.mentor)
+    )
+    assert lesson.pairs[0, mine[0]].tolist() == [ORDER.index(query) for query in mine[0].tolist()]
+    others = set(range(7)) - {*mine[0].tolist(), *theirs[0].tolist()}
+    assert others
+    assert all(lesson.pairs[0, query] == query for query in others)
 
 
 def test_queries_of_another_origin_are_matched():
