@@ -13,6 +13,7 @@ from torch import Tensor
 from qdetr_cli.boxes import cxcywh_to_xyxy, giou
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0  # DETR's matching weights; boxes are cxcywh in 0..1
+_DEAR = 1e6
 TAU = 0.6  # Q-DETR's threshold on a query's GIoU, as a part of the best query's
 Labels = Sequence[dict[str, Tensor]]  # for each image `class_labels` (T,) and `boxes` (T, 4) cxcywh
 
@@ -61,8 +62,7 @@ def hungarian_pairs(student: Predictions, teacher: Predictions, *, softmax: bool
     mine, theirs = _scores(student.logits, softmax), _scores(teacher.logits, softmax)
     cost = CLASS_COST * torch.cdist(mine, theirs, p=1)  # (B, Q, K)
     cost = cost + L1_COST * torch.cdist(student.boxes.float(), teacher.boxes.float(), p=1)
-    columns = [torch.as_tensor(linear_sum_assignment(each)[1]) for each in cost.cpu().numpy()]
-    return torch.stack(columns).to(student.logits.device)  # (B, Q)
+    return torch.stack([_assigned(each)[1] for each in cost]).to(student.logits.device)  # (B, Q)
 
 
 @torch.no_grad()
@@ -121,9 +121,15 @@ def object_queries(predictions: Predictions, labels: Labels, *, softmax: bool) -
         objects = label["boxes"].float()
         cost = -CLASS_COST * score[:, label["class_labels"]] + L1_COST * torch.cdist(boxes, objects, p=1)
         cost = cost - GIOU_COST * giou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(objects)[None])
-        queries, matched = linear_sum_assignment(cost.cpu().numpy())
-        found.append((torch.as_tensor(queries).to(boxes.device), torch.as_tensor(matched).to(boxes.device)))
+        queries, matched = _assigned(cost)
+        found.append((queries.to(boxes.device), matched.to(boxes.device)))
     return found
+
+
+def _assigned(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the cheapest assignment. What is no number (of a diverging training) is dear."""
+    rows, columns = linear_sum_assignment(cost.nan_to_num(_DEAR, _DEAR, _DEAR).cpu().numpy())
+    return torch.as_tensor(rows), torch.as_tensor(columns)
 
 
 def _scores(logits: Tensor, softmax: bool) -> Tensor:

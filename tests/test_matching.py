@@ -252,3 +252,15 @@ def test_partners_stay_one_to_one_and_all_but_two_of_each_object_keep_theirs(sof
             assert row[query] == wanted[item]
         touched = {*mine[image][0].tolist(), *theirs[image][0].tolist()}
         assert all(row[query] == query for query in set(range(7)) - touched)
+
+
+def test_what_is_no_number_is_matched_last():
+    """A training that diverges is told so by its loss, not by a matcher that fails."""
+    teacher = one_image(None, 1, 0)
+    student = one_image(0, 1, None)
+    student.logits[0, 0] = float("nan")
+    student.boxes[0, 2] = float("inf")
+    assert object_queries(student, objects_of(1), softmax=False)[0][0].tolist() == [1]
+    assert sorted(hungarian_pairs(student, teacher, softmax=False)[0].tolist()) == [0, 1, 2]
+    pairs = object_pairs(same_query(student), student, teacher, objects_of(1, 0, 2), softmax=False)
+    assert sorted(pairs[0].tolist()) == [0, 1, 2]
