@@ -13,8 +13,8 @@ from torch import Tensor
 from qdetr_cli.boxes import cxcywh_to_xyxy, giou
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0  # DETR's matching weights; boxes are cxcywh in 0..1
-_DEAR = 1e6
 TAU = 0.6  # Q-DETR's threshold on a query's GIoU, as a part of the best query's
+_DEAR = 1e6  # the cost of what is no number: far above any sum of the others
 Labels = Sequence[dict[str, Tensor]]  # for each image `class_labels` (T,) and `boxes` (T, 4) cxcywh
 
 

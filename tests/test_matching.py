@@ -201,28 +201,19 @@ def one_image(*classes: int | None) -> Predictions:
 
 
 def objects_of(*classes: int) -> list[dict[str, torch.Tensor]]:
-    return [
-        {
-            "class_labels": torch.tensor(classes, dtype=torch.int64),
-            "boxes": torch.full((len(classes), 4), 0.5),
-        }
-    ]
+    boxes = torch.full((len(classes), 4), 0.5)
+    return [{"class_labels": torch.tensor(classes, dtype=torch.int64), "boxes": boxes}]
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "objects", "expected"),
     [
-        ((0, None, None), (0, None, None), (0,), [0, 1, 2]),  # they agree
-        (
-            (0, None, None),
-            (None, None, 0),
-            (0,),
-            [2, 1, 0],
-        ),  # the object is in another query: partners change
-        ((0, 1, None), (1, 0, None), (0, 1), [1, 0, 2]),  # two objects, each in the other's query
-        ((0, 1, None), (None, 0, 1), (0, 1), [1, 2, 0]),  # a ring of three
-        ((0, None, None), (None, None, 0), (), [0, 1, 2]),  # nothing is known: query i with query i
-        ((0, 1), (1, 0), (0, 1, 2), [1, 0]),  # more objects than queries
+        pytest.param((0, None, None), (0, None, None), (0,), [0, 1, 2], id="they agree"),
+        pytest.param((0, None, None), (None, None, 0), (0,), [2, 1, 0], id="in another query"),
+        pytest.param((0, 1, None), (1, 0, None), (0, 1), [1, 0, 2], id="each in the other's query"),
+        pytest.param((0, 1, None), (None, 0, 1), (0, 1), [1, 2, 0], id="a ring of three"),
+        pytest.param((0, None, None), (None, None, 0), (), [0, 1, 2], id="no objects"),
+        pytest.param((0, 1), (1, 0), (0, 1, 2), [1, 0], id="more objects than queries"),
     ],
 )
 def test_the_partner_of_an_objects_query_is_the_teachers_query_of_that_object(
