@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from qdetr_cli.attention import Captured, in_mode, tensors_of
 from qdetr_cli.recording import Arguments, Signature, leaves, record_calls, undisturbed
+from qdetr_cli.structure import Remembered, structure
 from qdetr_cli.trace import PRODUCTS, SOFTMAX
 
 Graphs = dict[Signature, fx.Graph]
@@ -30,21 +31,20 @@ _CHECKS = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
+_graphs = Remembered[Graphs](most=256)  # without a weight in them; an export takes a second
 
 
 def capture_all(model: nn.Module, paths: Collection[str]) -> dict[str, Graphs]:
-    """The graphs of each dense attention module, by module path. Modules that are built alike share them."""
-    shared: dict[Any, Graphs] = {}
+    """The graphs of each dense attention module, by module path. Modules of equal structure share them."""
     found: dict[str, Graphs] = {path: {} for path in paths}
     for path, calls in record_calls(model, paths).items():
         attention = model.get_submodule(path)
         for signature in dict.fromkeys(signature for signature, _ in calls):
             modes = {mode: calls[signature, mode] for mode in (True, False) if (signature, mode) in calls}
             sides = tuple((mode, _broadcast_sides(arguments)) for mode, arguments in modes.items())
-            build = (signature, sides, _build(attention))
-            if build not in shared:
-                shared[build] = _capture_modes(attention, signature, modes)
-            found[path] |= shared[build]
+            found[path] |= _graphs.get(
+                (signature, sides, structure(attention)), partial(_capture_modes, attention, signature, modes)
+            )
     return found
 
 
@@ -74,13 +74,6 @@ def _is_true_in_eval(graph: fx.Graph, attention: nn.Module, arguments: Arguments
         for mine, wanted in zip(found, expected, strict=True)
         if isinstance(wanted, Tensor)
     )
-
-
-def _build(module: nn.Module) -> tuple[Any, ...]:
-    """All that its code may have written into a graph: class, children, plain attributes."""
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
-    plain.pop("training", None)
-    return type(module), repr(module), tuple(sorted(plain.items()))
 
 
 def _broadcast_sides(arguments: Arguments) -> tuple[tuple[int, int], ...]:

@@ -7,6 +7,7 @@ is run but, where that leaves layers uncalled, one forward pass in training on a
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from qdetr_cli.fold import BATCH_NORMS
 from qdetr_cli.recipe import role_matches
 from qdetr_cli.recording import called_in_training
 from qdetr_cli.residuals import ResidualFacts, givers
+from qdetr_cli.structure import Remembered, structure
 
 Shape = tuple[int, ...]
 
@@ -98,12 +100,19 @@ class GraphFacts:
         return facts
 
 
+_facts = Remembered[GraphFacts](most=64)  # an export takes seconds
+
+
 @torch.no_grad()
 def trace(model: nn.Module, family: Family, size: tuple[int, int]) -> GraphFacts:
     """The facts of a forward pass in eval mode on one image of `size` (H, W); the model is left as it was.
 
     Raises RunError where the model cannot take such an image.
     """
+    return _facts.get((family.name, size, structure(model)), partial(_trace, model, family, size))
+
+
+def _trace(model: nn.Module, family: Family, size: tuple[int, int]) -> GraphFacts:
     program = _export(model, size)
     graph = _Calls(program, model)
     found = [_layer_facts(path, graph, family) for path in graph.paths_of(*_LAYERS)]

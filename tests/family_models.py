@@ -1,8 +1,6 @@
 """A tiny detector of each family under a shipped recipe, calibrated, for tests; each is made once."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,12 +9,11 @@ from quantized_detectors import calibrated, float_model, inputs
 from tiny_detectors import CONFIGS
 from torch import Tensor, nn
 
-import qdetr_cli.rewrite
-from qdetr_cli.capture import Graphs, capture_all
 from qdetr_cli.data import Batch
 from qdetr_cli.families import Family, family_of
 from qdetr_cli.plan import Plan, make_plan
 from qdetr_cli.recipe import load_recipe
+from qdetr_cli.rewrite import rewrite
 from qdetr_cli.trace import GraphFacts, trace
 
 ALIVE = 2**0.5  # gain of the random weights: with less, ReLU networks of this size forget their image
@@ -47,31 +44,10 @@ def facts_of(name: str) -> tuple[nn.Module, GraphFacts]:
     return model, trace(model, family_of(model), SIZE)
 
 
-@cache
-def _graphs(name: str) -> dict[str, Graphs]:
-    model, facts = facts_of(name)
-    return capture_all(model, [each.path for each in facts.attentions if each.op == "attention"])
-
-
-@contextmanager
-def captured_once(name: str) -> Iterator[None]:
-    """For the duration of the block, models of this structure share the graphs of their attention.
-
-    The graphs hold no weight, and making them is the slow part of a rewrite.
-    """
-    own = qdetr_cli.rewrite.capture_all
-    qdetr_cli.rewrite.capture_all = lambda _, paths: {path: _graphs(name)[path] for path in paths}
-    try:
-        yield
-    finally:
-        qdetr_cli.rewrite.capture_all = own
-
-
 def put_under(name: str, recipe: str, model: nn.Module) -> Plan:
     """Rewrite a model of this structure under a shipped recipe; its plan."""
     plan = make_plan(load_recipe(recipe), facts_of(name)[1])
-    with captured_once(name):
-        qdetr_cli.rewrite.rewrite(model, plan, facts_of(name)[1])
+    rewrite(model, plan, facts_of(name)[1])
     return plan
 
 

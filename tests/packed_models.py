@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from family_models import captured_once, facts_of, put_under
+from family_models import facts_of, put_under
 from quantized_detectors import calibrated, inputs
 from tiny_detectors import tiny_config
 from torch import Tensor, nn
@@ -50,10 +50,9 @@ def fake_quant(name: str) -> Model:
     return Model(detector=detector, facts=facts, plan=plan, recipe=recipe, metrics={"ap": 0.5})
 
 
-def opened(name: str, folder: Path) -> Model:
+def opened(folder: Path) -> Model:
     """The model in a folder."""
-    with captured_once(name):
-        return open_model(Source(str(folder)), lambda line: None)
+    return open_model(Source(str(folder)), lambda line: None)
 
 
 @torch.no_grad()

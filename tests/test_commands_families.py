@@ -8,7 +8,7 @@ import torch
 from tiny_detectors import CONFIGS
 from tiny_runs import SETS, as_json, refused, write_model, write_voc
 
-from qdetr_cli import models, pipeline, rewrite, running, student
+from qdetr_cli import pipeline, running, student
 from qdetr_cli.families import FAMILIES, REFUSED
 
 RECIPE = ("--recipe", "w4a4_attn4")
@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def seen(monkeypatch) -> dict[str, list]:
-    """States that were saved, modules that were opened. To be quick, what is exported is exported once."""
+    """States that were saved, modules that were opened."""
     seen: dict[str, list] = {"saved": [], "opened": []}
     save, open_ = student.save_model, pipeline.open_model
 
@@ -45,24 +45,7 @@ def seen(monkeypatch) -> dict[str, list]:
         monkeypatch.setattr(module, "save_model", saved)
     for module in (student, pipeline, running):
         monkeypatch.setattr(module, "open_model", opened)
-    traced = once(pipeline.trace)
-    for module in (models, pipeline):
-        monkeypatch.setattr(module, "trace", traced)
-    monkeypatch.setattr(rewrite, "capture_all", once(rewrite.capture_all))
     return seen
-
-
-def once(export):
-    """`export`, asked about models of one structure, with its first answer for each other argument."""
-    answers: dict = {}
-
-    def ask(model, *rest):
-        key = repr(rest)
-        if key not in answers:
-            answers[key] = export(model, *rest)
-        return answers[key]
-
-    return ask
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from family_models import FAMILIES, captured_once, facts_of, set_mode
+from family_models import FAMILIES, facts_of, set_mode
 from quantized_detectors import calibrated
 from torch import nn
 
@@ -81,8 +81,7 @@ def trained(name: str) -> nn.Module:
 def quantized(name: str, recipe: str) -> nn.Module:
     """The same under a shipped recipe, calibrated on the scenes."""
     model, facts = copy.deepcopy(trained(name)), facts_of(name)[1]
-    with captured_once(name):
-        rewrite(model, make_plan(load_recipe(recipe), facts), facts)
+    rewrite(model, make_plan(load_recipe(recipe), facts), facts)
     return calibrated(model, {"pixel_values": scenes().pixel_values})
 
 

@@ -11,7 +11,7 @@ import qdetr_cli
 
 PACKAGE = Path(qdetr_cli.__file__).parent
 LAYERS = (
-    ("errors", "coco_names", "instructions", "reading"),
+    ("errors", "coco_names", "instructions", "reading", "structure"),
     (
         "launch",
         "recipe",

@@ -86,7 +86,7 @@ def test_weights_and_outputs_are_those_of_the_checkpoint_to_the_last_bit(folder,
     """Of the checkpoint on disk: of `statistics`, both times the step follows from the weights there."""
     model = fake_quant(NAME)
     save_model(model.module, model, tmp_path / "fake-quant", model.recipe, None)
-    first, second = opened(NAME, tmp_path / "fake-quant"), opened(NAME, folder)
+    first, second = opened(tmp_path / "fake-quant"), opened(folder)
     assert second.packed
     assert second.metrics == {"ap": 0.5}
     assert_equal(outputs(first.module), outputs(second.module))
@@ -113,7 +113,7 @@ def test_a_step_that_follows_the_weights_would_be_another():
 
 
 def test_packing_what_was_packed_changes_nothing(folder, tmp_path):
-    save_packed(opened(NAME, folder), tmp_path / "again")
+    save_packed(opened(folder), tmp_path / "again")
     one, other = (safe_open(each / "model.safetensors", "pt") for each in (folder, tmp_path / "again"))
     assert one.metadata() == other.metadata()
     assert_equal(*({name: file.get_tensor(name) for name in file.keys()} for file in (one, other)))  # noqa: SIM118
@@ -144,7 +144,7 @@ def test_a_changed_bit_is_another_model(folder, tmp_path, after):
 
     target = altered(folder, tmp_path / "flipped", flip)
     with pytest.raises(AssertionError, match="logits"):
-        assert_equal(outputs(opened(NAME, folder).module), outputs(opened(NAME, target).module))
+        assert_equal(outputs(opened(folder).module), outputs(opened(target).module))
 
 
 def altered(folder: Path, target: Path, change, metadata=None) -> Path:
@@ -226,7 +226,7 @@ def test_a_quantizer_of_a_plugin_leaves_only_its_steps(tmp_path):
     """What it is made of is not needed any more: the folder opens without it."""
     model = with_quantizer(Halved)
     save_packed(model, tmp_path / "packed")
-    other = opened(NAME, tmp_path / "packed")
+    other = opened(tmp_path / "packed")
     assert_equal(outputs(model.module), outputs(other.module))
     assert not any("factor" in key for key in other.module.state_dict())
     plan = json.loads((tmp_path / "packed" / "qdetr.json").read_text())["plan"]
@@ -255,7 +255,7 @@ def test_a_weight_that_something_else_reads_stays_float(tmp_path):
     save_packed(model, tmp_path / "packed")
     names = [f"model.encoder.layers.0.self_attn.{x}_proj.weight" for x in "qkv"]
     assert [name in told_of(tmp_path / "packed") for name in names] == [False, False, True]
-    assert_equal(outputs(model.module), outputs(opened(NAME, tmp_path / "packed").module))
+    assert_equal(outputs(model.module), outputs(opened(tmp_path / "packed").module))
 
 
 # --- commands ---
@@ -293,7 +293,7 @@ def test_commands_take_a_packed_folder(tmp_path):
 
 
 def test_a_packed_model_is_saved_as_nothing_else(folder, tmp_path):
-    model = opened(NAME, folder)
+    model = opened(folder)
     with pytest.raises(AssertionError, match="save_packed"):
         save_model(model.module, model, tmp_path / "float", model.recipe, None)
 
@@ -333,7 +333,7 @@ def test_metadata_that_lies_is_refused(folder, tmp_path, change, message):
     change(packed)
     target = altered(folder, tmp_path / "lies", lambda tensors: None, {"packed": json.dumps(packed)})
     with pytest.raises(CheckpointError, match=message):
-        opened(NAME, target)
+        opened(target)
 
 
 @pytest.mark.parametrize(
@@ -349,4 +349,4 @@ def test_metadata_that_lies_is_refused(folder, tmp_path, change, message):
 )
 def test_tensors_that_do_not_fit_are_refused(folder, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
-        opened(NAME, altered(folder, tmp_path / "changed", change))
+        opened(altered(folder, tmp_path / "changed", change))

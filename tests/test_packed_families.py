@@ -17,7 +17,7 @@ from qdetr_cli.storage import storage_of
 def test_a_packed_model_computes_the_same(name: str, tmp_path: Path) -> None:
     model = fake_quant(name)
     save_packed(model, tmp_path / "packed")
-    other = opened(name, tmp_path / "packed")
+    other = opened(tmp_path / "packed")
     assert_equal(outputs(model.module), outputs(other.module))
     own, packed = model.module.state_dict(), other.module.state_dict()
     assert own.keys() == packed.keys()
