@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 Answer = TypeVar("Answer")
 
@@ -37,15 +37,16 @@ def structure(module: nn.Module) -> Hashable:
     """
     first: dict[int, str] = {}
     held = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    tensors = tuple(
-        (name, first.setdefault(id(value), name), value.shape, value.dtype, value.device)
-        for name, value in held
-    )
+    tensors = tuple((name, first.setdefault(id(value), name), _kind(value)) for name, value in held)
     parts = tuple(
         (path, type(part), part.extra_repr(), _attributes(part))
         for path, part in module.named_modules(remove_duplicate=False)
     )
     return parts, tensors
+
+
+def _kind(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
@@ -55,7 +56,9 @@ def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
 def _content(value: Any) -> Any:
     """What code may read of an attribute; of what is none of these, that it is there."""
     if isinstance(value, _PLAIN):
-        return value
+        return type(value), value  # 1, 1.0 and True are equal, and give unlike graphs
+    if isinstance(value, Tensor):
+        return _kind(value)
     if isinstance(value, list | tuple):
         return tuple(map(_content, value))
     if isinstance(value, set | frozenset):

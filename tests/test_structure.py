@@ -31,12 +31,17 @@ class Part(nn.Module):
         self.first, self.second, self.drop = nn.Linear(3, 3), nn.Linear(3, 3), nn.Dropout(0.1)
         self.register_buffer("table", torch.zeros(4))
         self.act: Callable = torch.relu
+        self.plain = torch.zeros(2)
 
 
 def changed(part: Part, name: str) -> Part:
     match name:
         case "number":
             part.width = 4
+        case "kind of a number":
+            part.width = 3.0
+        case "plain tensor":
+            part.plain = torch.zeros(3)
         case "nested number":
             part.scales[1] = (2, 4)
         case "config":
@@ -68,6 +73,8 @@ def changed(part: Part, name: str) -> Part:
 
 CHANGES = (
     "number",
+    "kind of a number",
+    "plain tensor",
     "nested number",
     "config",
     "attention of the config",
