@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 Answer = TypeVar("Answer")
 
-_OWN = frozenset(vars(nn.Module()))  # what every module has: children, tensors, hooks, mode
+_UNREAD = {*vars(nn.Module()), "name_or_path"}  # children, tensors, hooks, mode, and the folder of origin
 _PLAIN = (int, float, str, bytes, type(None), types.FunctionType)
 
 
@@ -50,7 +50,9 @@ def _kind(tensor: Tensor) -> tuple[Hashable, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
-    return tuple((name, _content(value)) for name, value in sorted(vars(module).items()) if name not in _OWN)
+    return tuple(
+        (name, _content(value)) for name, value in sorted(vars(module).items()) if name not in _UNREAD
+    )
 
 
 def _content(value: Any) -> Any:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -27,9 +28,18 @@ SETTINGS = (
     "train.lr=1e-3",
     "train.workers=2",
 )
-# Not a fork of this process: torch's autograd may have run in it, and cannot in a fork then.
+# Not a fork of this process: torch's autograd may have run in it, and cannot in a fork then. What forks has
+# imported all, and has exported the model, which every training would do again.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["qdetr_cli.pipeline"])
+processes.set_forkserver_preload(["exported"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forking() -> None:
+    """Starts what forks: it finds its modules where tests are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        started(time.sleep, 0).join()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,8 @@ def data(tmp_path_factory) -> DataSource:
 
 
 def train(source: Source, data: DataSource, out: Path, settings: tuple[str, ...]) -> None:
-    """Begin the training in `out`, or go on with it."""
+    """Begin the training in `out`, or go on with it; its workers are forks, as they are from a shell."""
+    multiprocessing.set_start_method("fork", force=True)
     pipeline.finetune(
         source,
         recipe="w4a4",
@@ -84,7 +95,6 @@ def assert_same(one: dict[str, object], other: dict[str, object]) -> None:
 @pytest.mark.parametrize("save_minutes", ["null", "1e-9"], ids=["after evaluations", "after every step"])
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path, source, data, save_minutes):
     settings = (*SETTINGS, f"train.save_minutes={save_minutes}")
-    started(time.sleep, 0).join()  # what all of them import is imported now
     began = time.monotonic()
     straight = started(train, source, data, tmp_path / "straight", settings)
     straight.join()

@@ -4,15 +4,18 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from quantized_detectors import all_slots, calibrated, float_model, inputs, run
+from tiny_runs import write_model
 from torch import nn
 from transformers import DetrConfig
 
 from qdetr_cli import capture
 from qdetr_cli import trace as tracing
+from qdetr_cli.checkpoint import load_float
 from qdetr_cli.errors import RunError
 from qdetr_cli.families import family_of
 from qdetr_cli.plan import make_plan
@@ -103,6 +106,11 @@ def test_values_and_modes_do_not() -> None:
     other.register_forward_hook(lambda *_: None)
     assert structure(one) == structure(other) == structure(copy.deepcopy(one))
     assert hash(structure(one)) == hash(structure(other))
+
+
+def test_where_a_model_comes_from_does_not(tmp_path: Path) -> None:
+    one, other = (load_float(str(write_model(tmp_path / name))).model for name in ("here", "there"))
+    assert structure(one) == structure(other)
 
 
 def test_the_oldest_is_forgotten() -> None:
