@@ -139,6 +139,8 @@ class Trainer:
         """Train to the end, evaluating on the way. Raises DivergedError, and Interrupted after writing."""
         if resume:
             self.progress.load(self.folder / "last" / STATE)
+            if self.position.step >= self.total_steps:  # a finished run: its end is evaluated once more
+                self.position.evaluated = self.position.step - 1
             from_first(lambda: self.journal.rewind(self.position.step, self.position.evaluated))
         else:
             torch.manual_seed(self.train.seed + rank())  # dropout, denoising
@@ -151,8 +153,7 @@ class Trainer:
                     self._write_last(None)
                     raise Interrupted(signal)
                 last = self._evaluate() if self._evaluation_is_due() else None
-        if last is None:
-            last = self._evaluate()
+        assert last is not None, "the last step is evaluated"
         position = self.position
         return Fit(
             last=last,

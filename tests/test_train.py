@@ -235,6 +235,14 @@ def test_a_run_stopped_at_the_end_of_an_epoch_is_evaluated_there_when_it_goes_on
     assert [entry["step"] for entry in entries if "metrics" in entry] == [3, 6]
 
 
+def test_a_finished_run_that_is_resumed_says_its_end_once_more_and_leaves_what_it_left(tmp_path, data):
+    finished = trainer(tmp_path / "a", data).fit()
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    again = trainer(tmp_path / "a", data).fit(resume=True)
+    assert again == finished
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
+
+
 def test_fp16_without_cuda_is_refused(tmp_path, data):
     with pytest.raises(RunError, match="fp16 needs CUDA"):
         trainer(tmp_path / "a", data, train=TRAIN.model_copy(update={"precision": "fp16"}))
