@@ -49,7 +49,7 @@ def recover(folder: Path) -> None:
         for retired in folder.glob(f".{name}{_RETIRED}*/{name}"):
             if not (folder / name).exists():
                 retired.rename(folder / name)
-        for left in folder.glob(f".{name}.*"):
+        for left in (*folder.glob(f".{name}.*"), *folder.glob(f"..{name}.*")):  # and the drafts of drafts
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 

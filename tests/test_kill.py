@@ -146,6 +146,8 @@ def test_what_was_moved_away_for_a_successor_that_never_came_is_put_back(tmp_pat
     (tmp_path / ".last.old.x" / "last").mkdir(parents=True)
     (tmp_path / ".last.old.x" / "last" / "a").write_text("1")
     (tmp_path / ".last.y").mkdir()
+    (tmp_path / "..last.y.z").mkdir()
+    (tmp_path / "..last.y.old.z" / ".last.y").mkdir(parents=True)
     (tmp_path / ".metrics.jsonl.z").write_text("")
     recover(tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["last"]
