@@ -61,7 +61,7 @@ def test_damaged_packed_files(folders, tmp_path):
     folder = copied(folders / "packed", tmp_path / "damaged")
     whole = (folder / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    module = opened(NAME, folders / "packed").module
+    module = opened(folders / "packed").module
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     seen = set()
 
@@ -187,7 +187,7 @@ def test_manifests_that_do_not_belong_to_their_weights(folders, tmp_path, path, 
     folder = copied(folders / "packed", tmp_path / "changed")
     content = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(put(content, path, value)))
-    assert outcome(lambda: opened(NAME, folder)) != "right"
+    assert outcome(lambda: opened(folder)) != "right"
 
 
 @pytest.mark.parametrize(
