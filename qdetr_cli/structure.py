@@ -3,14 +3,19 @@
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Answer = TypeVar("Answer")
 
 _UNREAD = {*vars(nn.Module()), "name_or_path"}  # children, tensors, hooks, mode, and the folder of origin
-_PLAIN = (int, float, str, bytes, type(None), types.FunctionType)
+_PLAIN = (
+    *(int, float, str, bytes, type(None), Enum, torch.dtype, torch.device),
+    *(types.FunctionType, types.BuiltinFunctionType),
+)
 
 
 class Remembered(Generic[Answer]):

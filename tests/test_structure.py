@@ -34,69 +34,39 @@ class Part(nn.Module):
         self.first, self.second, self.drop = nn.Linear(3, 3), nn.Linear(3, 3), nn.Dropout(0.1)
         self.register_buffer("table", torch.zeros(4))
         self.act: Callable = torch.relu
-        self.plain = torch.zeros(2)
+        self.plain, self.kind = torch.zeros(2), torch.float32
 
 
-def changed(part: Part, name: str) -> Part:
-    match name:
-        case "number":
-            part.width = 4
-        case "kind of a number":
-            part.width = 3.0
-        case "plain tensor":
-            part.plain = torch.zeros(3)
-        case "nested number":
-            part.scales[1] = (2, 4)
-        case "config":
-            part.config.d_model = 64
-        case "attention of the config":
-            part.config._attn_implementation = "sdpa"
-        case "a child's probability":
-            part.drop.p = 0.2
-        case "a child's class":
-            part.drop = nn.Dropout1d(0.1)
-        case "order of children":
-            part.first = part._modules.pop("first")
-        case "shape of a weight":
-            part.first = nn.Linear(3, 3, bias=False)
-        case "shape of a buffer":
-            part.table = torch.zeros(5)
-        case "kind of numbers":
-            part.second.half()
-        case "shared weight":
-            part.second.weight = part.first.weight
-        case "one child twice":
-            part.second = part.first
-        case "function":
-            part.act = structure
-        case "one attribute more":
-            part.new = None
-    return part
+def attribute(name: str, value: object) -> Callable[[Part], None]:
+    return lambda part: setattr(part, name, value)
 
 
-CHANGES = (
-    "number",
-    "kind of a number",
-    "plain tensor",
-    "nested number",
-    "config",
-    "attention of the config",
-    "a child's probability",
-    "a child's class",
-    "order of children",
-    "shape of a weight",
-    "shape of a buffer",
-    "kind of numbers",
-    "shared weight",
-    "one child twice",
-    "function",
-    "one attribute more",
-)
+CHANGES: dict[str, Callable[[Part], object]] = {
+    "number": attribute("width", 4),
+    "kind of a number": attribute("width", 3.0),
+    "nested number": attribute("scales", [1, (2, 4)]),
+    "plain tensor": attribute("plain", torch.zeros(3)),
+    "kind of numbers to compute with": attribute("kind", torch.float16),
+    "function": attribute("act", structure),
+    "one attribute more": attribute("new", None),
+    "config": lambda part: setattr(part.config, "d_model", 64),
+    "attention of the config": lambda part: setattr(part.config, "_attn_implementation", "sdpa"),
+    "a child's probability": lambda part: setattr(part.drop, "p", 0.2),
+    "a child's class": attribute("drop", nn.Dropout1d(0.1)),
+    "order of children": lambda part: setattr(part, "first", part._modules.pop("first")),
+    "shape of a weight": attribute("first", nn.Linear(3, 3, bias=False)),
+    "shape of a buffer": attribute("table", torch.zeros(5)),
+    "kind of a weight": lambda part: part.second.half(),
+    "shared weight": lambda part: setattr(part.second, "weight", part.first.weight),
+    "one child twice": lambda part: setattr(part, "second", part.first),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_code_may_read_makes_another_structure(name: str) -> None:
-    assert structure(changed(Part(), name)) != structure(Part())
+    changed = Part()
+    CHANGES[name](changed)
+    assert structure(changed) != structure(Part())
 
 
 def test_values_and_modes_do_not() -> None:
@@ -126,6 +96,11 @@ def fake_quant(model: nn.Module) -> nn.Module:
     return calibrated(model, inputs("pixels"))
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, remembered in ((tracing, "_facts"), (capture, "_graphs")):
+        monkeypatch.setattr(module, remembered, Remembered(most=64))
+
+
 def unasked(*_: object, **__: object) -> None:
     raise AssertionError("exported again")
 
@@ -139,11 +114,9 @@ def test_a_second_model_is_rewritten_without_an_export(monkeypatch: pytest.Monke
             value.data.mul_(1.1)
         return model
 
-    for module, remembered in ((tracing, "_facts"), (capture, "_graphs")):
-        monkeypatch.setattr(module, remembered, Remembered(most=64))
+    forget(monkeypatch)
     alone = fake_quant(another())
-    for module, remembered in ((tracing, "_facts"), (capture, "_graphs")):
-        monkeypatch.setattr(module, remembered, Remembered(most=64))
+    forget(monkeypatch)
     fake_quant(float_model("detr"))
     monkeypatch.setattr(torch.export, "export", unasked)
     second = fake_quant(another())
