@@ -8,14 +8,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# Dense attention with two kinds of loss, deformable attention with denoising, and two foreign backbones: what
-# these files promise of every family is tested with them, and with all others by `pytest -m ""`.
-ALWAYS = ("detr", "conditional_detr", "d_fine", "detr, swinv2", "rt_detr, timm mobilenet")
+# Dense attention, deformable attention with denoising, and two foreign backbones: what these files promise of
+# every family is tested with them, and with all others by `pytest -m ""`.
+ALWAYS = ("conditional_detr", "d_fine", "detr, swinv2", "rt_detr, timm mobilenet")
 OF_EVERY_FAMILY = (
+    "test_alignment_models",
     "test_backbones",
+    "test_calibrate",
     "test_capture",
     "test_commands_families",
-    "test_export_lw_detr",
+    "test_export_detr",
     "test_export_rt_detr",
     "test_family_gradients",
     "test_family_losses",
@@ -24,8 +26,10 @@ OF_EVERY_FAMILY = (
     "test_family_training",
     "test_one_to_many",
     "test_packed_families",
+    "test_plan",
     "test_processes",
     "test_real_time",
+    "test_recomputed",
     "test_stress",
     "test_vision_transformers",
 )

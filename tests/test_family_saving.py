@@ -83,8 +83,8 @@ for name in sys.argv[2:]:
 
 
 def test_another_process_reads_the_same_model(tmp_path: Path) -> None:
-    """Nothing is shared with this process: dense, deformable with denoising, and groups of queries."""
-    chosen = ("detr", "d_fine", "rf_detr")
+    """Nothing is shared with this process: dense, and deformable with denoising."""
+    chosen = ("conditional_detr", "d_fine")
     models = {name: written(name, tmp_path / name) for name in chosen}
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), *chosen]
     subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True, timeout=300)

@@ -107,6 +107,7 @@ def test_eight_bits_keep_what_was_learned(name: str) -> None:
     assert kept(name, lowest_loss(quantized(name, "w8a8"), 4, 2, lr=1e-4)) > 0.95
 
 
+@pytest.mark.slow  # between the two others
 @pytest.mark.parametrize("name", FAMILIES, ids=str)
 def test_four_bits_keep_nearly_as_much(name: str) -> None:
     """Nine tenths of it, in 20 steps; 0.94 to 1.05 on two instruction sets."""

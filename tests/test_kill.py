@@ -18,7 +18,7 @@ from qdetr_cli.models import Source
 from qdetr_cli.results import DataSource
 from qdetr_cli.runs import atomic_folder, recover
 
-KILLS = 6  # at most, for each training
+KILLS = 4  # at most, for each training
 SETTINGS = (
     "calibrate.images=4",
     "train.epochs=4",  # of two steps

@@ -137,15 +137,10 @@ def test_fp16_gives_finite_losses_and_gradients(name):
     check_step(objective(name), batch(), torch.float16, gradients=name not in ("rt_detr", "d_fine"))
 
 
-@pytest.mark.parametrize("classes", [1, 1000])
+@pytest.mark.parametrize(("classes", "queries"), [(1, 1), (1000, 7)], ids=["one of each", "1000 classes"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_any_number_of_classes_gives_finite_losses_and_gradients(name, classes):
-    check_step(objective(name, classes=classes), batch(classes=classes))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_one_query_gives_finite_losses_and_gradients(name):
-    check_step(objective(name, queries=1), batch())
+def test_any_number_of_classes_and_queries_gives_finite_losses_and_gradients(name, classes, queries):
+    check_step(objective(name, classes=classes, queries=queries), batch(classes=classes))
 
 
 def watch_grids(model: nn.Module) -> list[str]:
