@@ -155,14 +155,21 @@ def test_a_float_model_is_exported_as_float(world, tmp_path):
     assert f"{path}: written" in text
 
 
-def test_what_no_flag_says_the_recipe_says(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [
+        pytest.param("onnx", "m.onnx", id="onnx", marks=pytest.mark.slow),
+        pytest.param("openvino", "m.xml", id="openvino"),
+    ],
+)
+def test_what_no_flag_says_the_recipe_says(world, tmp_path, monkeypatch, to, name):
     model = open_model(Source(str(world.quantized)), lambda text: None)
-    said = Export(to="openvino", size=(96, 64), portable=True)
+    said = Export(to=to, size=(96, 64), portable=True)
     recipe = model.recipe.model_copy(update={"export": said})
     monkeypatch.setattr(delivery, "open_model", lambda source, say: replace(model, recipe=recipe))
-    found = as_json("export", world.quantized, "-o", tmp_path / "m.xml")
-    assert (found["to"], found["size"]) == ("openvino", [96, 64])
-    assert Metadata.from_json(open_session(tmp_path / "m.xml", threads=1).metadata).portable
+    found = as_json("export", world.quantized, "-o", tmp_path / name)
+    assert (found["to"], found["size"]) == (to, [96, 64])
+    assert Metadata.from_json(open_session(tmp_path / name, threads=1).metadata).portable
 
 
 @pytest.mark.parametrize("flag", ["--portable", "--no-portable"])

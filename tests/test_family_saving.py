@@ -82,9 +82,13 @@ for name in sys.argv[2:]:
 """
 
 
-def test_another_process_reads_the_same_model(tmp_path: Path) -> None:
-    """Nothing is shared with this process: dense, and deformable with denoising."""
-    chosen = ("conditional_detr", "d_fine")
+@pytest.mark.parametrize(
+    "chosen",
+    [("conditional_detr", "d_fine"), pytest.param(("detr", "rf_detr"), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_another_process_reads_the_same_model(chosen: tuple[str, ...], tmp_path: Path) -> None:
+    """Nothing is shared with this process: dense, deformable with denoising, and groups of queries."""
     models = {name: written(name, tmp_path / name) for name in chosen}
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), *chosen]
     subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True, timeout=300)

@@ -137,7 +137,15 @@ def test_fp16_gives_finite_losses_and_gradients(name):
     check_step(objective(name), batch(), torch.float16, gradients=name not in ("rt_detr", "d_fine"))
 
 
-@pytest.mark.parametrize(("classes", "queries"), [(1, 1), (1000, 7)], ids=["one of each", "1000 classes"])
+EXTREMES = [
+    pytest.param(1, 1, id="one of each"),
+    pytest.param(1000, 7, id="1000 classes"),
+    pytest.param(1, 7, id="one class", marks=pytest.mark.slow),
+    pytest.param(3, 1, id="one query", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("classes", "queries"), EXTREMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_number_of_classes_and_queries_gives_finite_losses_and_gradients(name, classes, queries):
     check_step(objective(name, classes=classes, queries=queries), batch(classes=classes))
