@@ -94,6 +94,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("runs", type=Path, help="folder of the runs, and of the scenes if there is no --data")
     parser.add_argument("--model", default="conditional_detr", help="embedded, or any float MODEL")
     parser.add_argument("--data", type=Path, help="a VOC or COCO root")
+    parser.add_argument(
+        "--train-images", type=int, default=TRAIN_IMAGES, help="scenes that are written to learn from"
+    )
     parser.add_argument("--bits", nargs="+", default=["4-4-8", "3-3-8", "2-2-8", "4-4-4"])
     parser.add_argument("--rows", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -108,7 +111,7 @@ def _data(arguments: argparse.Namespace) -> DataSource:
         return DataSource(arguments.data)
     scenes = arguments.runs / "scenes"
     if not scenes.exists():
-        write_scenes(scenes, train=TRAIN_IMAGES, val=VAL_IMAGES)
+        write_scenes(scenes, train=arguments.train_images, val=VAL_IMAGES)
     return DataSource(scenes / "voc")
 
 
@@ -155,8 +158,14 @@ def _run(
         found, steps, seconds = measure(source, str(file), data, out, settings, page)
         before = _float_metrics(source, cell.model, data, arguments.runs, page)
         line = [*cell.key, *before[:1], found.ap50_voc_area, before[1], found.ap, steps]
-        results.add([*line, round(seconds), commit(), " ".join(arguments.overrides)])
+        results.add([*line, round(seconds), commit(), " ".join(_settings(arguments))])
         print(*(f"{each:.4f}" if isinstance(each, float) else each for each in line), flush=True)
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """What was asked for that is no default, as the results tell it."""
+    few = arguments.train_images != TRAIN_IMAGES
+    return [*([f"train_images={arguments.train_images}"] if few else []), *arguments.overrides]
 
 
 def _fine_tuned(
