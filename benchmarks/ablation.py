@@ -112,6 +112,9 @@ def _data(arguments: argparse.Namespace) -> DataSource:
     scenes = arguments.runs / "scenes"
     if not scenes.exists():
         write_scenes(scenes, train=arguments.train_images, val=VAL_IMAGES)
+    found = len((scenes / "voc/ImageSets/Main/train.txt").read_text(encoding="utf-8").split())
+    if found != arguments.train_images:
+        sys.exit(f"{scenes}: {found} images to learn from, not {arguments.train_images}; name other runs")
     return DataSource(scenes / "voc")
 
 
