@@ -103,7 +103,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--ladder", action="store_true", help="quantize and fine-tune group by group")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.train_images < 1:
+        parser.error(f"--train-images: {arguments.train_images} is not 1 or more")
+    if arguments.data is not None and arguments.train_images != TRAIN_IMAGES:
+        parser.error("--train-images is of scenes that are written here; --data has its own images")
+    return arguments
 
 
 def _data(arguments: argparse.Namespace) -> DataSource:
