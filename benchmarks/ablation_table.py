@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 Gaps = dict[tuple[str, str, str], list[float]]  # (model, bits, row) -> gap of each seed
 BASELINE = "baseline"
@@ -66,23 +67,36 @@ def _cell(gaps: list[float], baseline: list[float]) -> str:
 
 
 def _plot(models: list[str], gaps: Gaps, path: Path) -> None:
-    """One panel per model and column of bits: a dot per run, a bar per mean."""
-    panels = list(dict.fromkeys((model, bits) for model, bits, _ in gaps))
+    """A row of panels per model, one per column of bits: a dot per run, a bar per mean of what was trained.
+
+    The calibrated model, whose gap would dwarf all others, is told in the title.
+    """
+    bits = {model: list(dict.fromkeys(each for name, each, _ in gaps if name == model)) for model in models}
+    width = max(map(len, bits.values()), default=1)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(2.4 * len(panels) + 1.5, 4), layout="constrained", squeeze=False
+        len(models), width, figsize=(3 * width + 1, 4 * len(models)), layout="constrained", squeeze=False
     )
-    for axis, (model, bits) in zip(axes[0], panels, strict=True):
-        rows = [row for name, each, row in gaps if (name, each) == (model, bits)]
-        for place, row in enumerate(rows):
-            values = gaps[model, bits, row]
-            axis.barh(place, statistics.mean(values), color="#9db7e4")
-            axis.plot(values, [place] * len(values), "o", color="#1f3d7a", markersize=4)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.invert_yaxis()
-        axis.set_title(f"{model}\n{bits}", fontsize=9)
-        axis.set_xlabel("points of AP50 below float", fontsize=8)
+    for line, model in zip(axes, models, strict=True):
+        for axis in line[len(bits[model]) :]:
+            axis.set_visible(False)
+        for axis, each in zip(line, bits[model], strict=False):
+            found = {row: values for (name, at, row), values in gaps.items() if (name, at) == (model, each)}
+            _panel(axis, f"{model} {each}", found)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _panel(axis: Axes, title: str, found: dict[str, list[float]]) -> None:
+    trained = [row for row in found if row != CALIBRATED]
+    for place, row in enumerate(trained):
+        axis.barh(place, statistics.mean(found[row]), color="#9db7e4")
+        axis.plot(found[row], [place] * len(found[row]), "o", color="#1f3d7a", markersize=4)
+    axis.set_yticks(range(len(trained)), trained)
+    axis.invert_yaxis()
+    if CALIBRATED in found:
+        title += f"\n{CALIBRATED}: {statistics.mean(found[CALIBRATED]):.2f}"
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("points of AP50 below float", fontsize=8)
 
 
 if __name__ == "__main__":
