@@ -1,7 +1,7 @@
 """The ablation table of Q-DETR on any detector and data: rows of methods, columns of bits, several seeds.
 
     python -m benchmarks.ablation runs/ablation                       (the embedded detector and digit scenes)
-    python -m benchmarks.ablation runs/long --set train.steps=4000 --results benchmarks/results/long
+    python -m benchmarks.ablation runs/long --set train.steps=4000 --results runs/long    (another schedule)
     python -m benchmarks.ablation runs/voc --model MODEL --data VOC --rows baseline best --bits 4-4-8
     python -m benchmarks.ablation runs/ablation --ladder              (figure 2.11: fine-tuned at each rung)
 
