@@ -14,7 +14,7 @@ twice shares the queue.
 import argparse
 import fcntl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +68,9 @@ class Cell:
         return Path(*(part.replace("/", "_") for part in self.key))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run what is asked for and not measured yet, then write the table and the plot."""
-    arguments = _arguments()
+    arguments = _arguments(words)
     menu = yaml.safe_load(MENU.read_text(encoding="utf-8"))
     data, source = _data(arguments), _source(arguments.model)
     path = arguments.results / ("ladder.csv" if arguments.ladder else "ablation.csv")
@@ -82,13 +82,17 @@ def main() -> None:
                 rows = {"baseline": rows["baseline"]}
             for row in [each for each in rows if each in (arguments.rows or rows)]:
                 cell = Cell(model=arguments.model, bits=bits, row=row, seed=seed)
-                content = dict(rows[row] or {})
-                recipe = {"extends": [menu["bits"][bits], *content.pop("extends", [])], **content}
-                _run(cell, recipe, source, data, results, arguments)
+                _run(cell, cell_recipe(menu["bits"][bits], rows[row]), source, data, results, arguments)
     write_table(path)
 
 
-def _arguments() -> argparse.Namespace:
+def cell_recipe(bits: str, row: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe file of this cell says: what the row puts over the recipe of the bits."""
+    over = {key: value for key, value in row.items() if key != "extends"}
+    return {"schema": 1, "extends": [bits, *row.get("extends", [])], **over}
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs, and of the scenes if there is no --data")
     parser.add_argument("--model", default="conditional_detr", help="embedded, or any float MODEL")
@@ -102,7 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--ladder", action="store_true", help="quantize and fine-tune group by group")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.train_images < 1:
         parser.error(f"--train-images: {arguments.train_images} is not 1 or more")
     if arguments.data is not None and arguments.train_images != TRAIN_IMAGES:
@@ -157,7 +161,7 @@ def _run(
             print(*cell.key, "is being run by another process", flush=True)
             return
         file = folder / "recipe.yaml"
-        file.write_text(yaml.safe_dump({"schema": 1, **recipe}, sort_keys=False), encoding="utf-8")
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         own = [f"train.seed={cell.seed}", f"calibrate.seed={cell.seed}"]
         settings = [*SCHEDULE, *arguments.overrides, *own]
         page, out = report.Page(json=True), folder / "run"
