@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from qdetr_cli.documents import (
     benchmark_dict,
@@ -315,15 +315,18 @@ class Page:
 
 
 def _bar(console: Console) -> Progress:
+    """A bar whose loss terms, the last column, take what the others leave of the line."""
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"),
+        TextColumn("{task.fields[terms]}", table_column=rest),
         console=console,
+        expand=True,
     )
 
 

@@ -1,5 +1,6 @@
 """Every command from words to files: what it prints, its exit code, and what a mistake leaves behind."""
 
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 from tiny_runs import DIGITS, SETS, as_json, ok, qdetr, refused, write_coco, write_model
 
 from qdetr_cli import demo, report
@@ -169,6 +171,17 @@ def test_an_interrupted_finetune_ends_with_130_and_resumes(world, tmp_path, monk
     )
     assert as_json(*words, "--resume")["steps"] == 4
     assert Journal(out / "metrics.jsonl").entries()[-1]["step"] == 4
+
+
+@pytest.mark.parametrize(("width", "terms"), [(80, "loss 12.345"), (160, "loss_giou 12.345")])
+def test_the_bar_of_a_training_tells_what_it_counts_before_its_terms(width, terms):
+    page = report.Page()
+    page.console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    with page.training():
+        page.stepped(1300, 4000, dict.fromkeys(("loss", "loss_vfl", "loss_bbox", "loss_giou"), 12.345))
+    line = [each for each in page.console.file.getvalue().splitlines() if "1300/4000" in each][-1]
+    assert "fine-tune" in line
+    assert terms in line
 
 
 # --- eval, predict ---
