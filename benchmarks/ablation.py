@@ -70,16 +70,14 @@ class Cell:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run what is asked for and not measured yet, then write the table and the plot."""
-    arguments = _arguments(words)
     menu = yaml.safe_load(MENU.read_text(encoding="utf-8"))
+    arguments = _arguments(words, menu)
     data, source = _data(arguments), _source(arguments.model)
     path = arguments.results / ("ladder.csv" if arguments.ladder else "ablation.csv")
     results = Ledger(path=path, columns=(*COLUMNS, *MORE), keys=4)
     for seed in arguments.seeds:  # the whole table with one seed, then with the next
         for bits in arguments.bits:
-            rows = _rungs(menu["bits"][bits]) if arguments.ladder else menu["rows"]
-            if bits == "float":  # the other rows are about quantizers and about learning from this very model
-                rows = {"baseline": rows["baseline"]}
+            rows = _rows(menu, bits, ladder=arguments.ladder)
             for row in [each for each in rows if each in (arguments.rows or rows)]:
                 cell = Cell(model=arguments.model, bits=bits, row=row, seed=seed)
                 _run(cell, cell_recipe(menu["bits"][bits], rows[row]), source, data, results, arguments)
@@ -92,7 +90,7 @@ def cell_recipe(bits: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"schema": 1, "extends": [bits, *row.get("extends", [])], **over}
 
 
-def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(words: Sequence[str] | None, menu: dict[str, Any]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs, and of the scenes if there is no --data")
     parser.add_argument("--model", default="conditional_detr", help="embedded, or any float MODEL")
@@ -100,7 +98,9 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--train-images", type=int, default=TRAIN_IMAGES, help="scenes that are written to learn from"
     )
-    parser.add_argument("--bits", nargs="+", default=["4-4-8", "3-3-8", "2-2-8", "4-4-4"])
+    parser.add_argument(
+        "--bits", nargs="+", choices=list(menu["bits"]), default=["4-4-8", "3-3-8", "2-2-8", "4-4-4"]
+    )
     parser.add_argument("--rows", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -111,6 +111,10 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--train-images: {arguments.train_images} is not 1 or more")
     if arguments.data is not None and arguments.train_images != TRAIN_IMAGES:
         parser.error("--train-images is of scenes that are written here; --data has its own images")
+    known = [row for bits in arguments.bits for row in _rows(menu, bits, ladder=arguments.ladder)]
+    for row in arguments.rows or ():
+        if row not in known:
+            parser.error(f"--rows: there is no row {row!r}; there are {', '.join(dict.fromkeys(known))}")
     return arguments
 
 
@@ -131,6 +135,16 @@ def _source(model: str) -> Source:
         return embedded(model)
     except RunError:
         return Source(model)
+
+
+def _rows(menu: dict[str, Any], bits: str, *, ladder: bool) -> dict[str, Any]:
+    """What each row of a column puts over the recipe of its bits."""
+    if ladder:
+        return _rungs(menu["bits"][bits])
+    rows: dict[str, Any] = menu["rows"]
+    if bits == "float":  # the other rows are about quantizers and about learning from this very model
+        return {"baseline": rows["baseline"]}
+    return rows
 
 
 def _rungs(recipe: str) -> dict[str, Any]:

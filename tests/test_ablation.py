@@ -94,9 +94,18 @@ def test_a_queue_is_measured_once_and_gone_on_with(tmp_path, capsys):
     assert {each["ap_float"] for each in both} == {first[0]["ap_float"]}
 
 
-def test_few_images_are_of_written_scenes_only(tmp_path, capsys):
-    words = [str(tmp_path / "runs"), "--data", str(tmp_path), "--train-images", "5"]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train-images", "5"], "--data has its own images"),
+        (["--rows", "bset"], "there is no row 'bset'; there are calibrated, baseline, +DA"),
+        (["--bits", "5-5-8"], "invalid choice: '5-5-8'"),
+        (["--bits", "float", "--rows", "best"], "there is no row 'best'; there are baseline"),
+        (["--ladder", "--rows", "baseline"], "there is no row 'baseline'; there are + backbone, + encoder"),
+    ],
+)
+def test_what_it_does_not_know_is_refused_before_anything_runs(tmp_path, capsys, words, said):
     with pytest.raises(SystemExit, match="2"):
-        ablation.main(words)
-    assert "--data has its own images" in capsys.readouterr().err
+        ablation.main([str(tmp_path / "runs"), "--data", str(tmp_path), *words])
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
